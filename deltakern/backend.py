@@ -1,0 +1,291 @@
+"""Which implementation of an op runs, and why.
+
+Every op has a plain PyTorch ``reference`` and, for some devices, kernels. This module alone decides between them:
+
+* ``impl="auto"`` takes the best one present. Where a kernel exists for the device but cannot be used, it falls back to
+  the reference and warns once with the reason; with ``DELTAKERN_STRICT=1`` it raises instead.
+* An explicit ``impl="triton"`` (or any other name) runs that implementation or raises.
+* :func:`explain` says, for given arguments, what would run and why the others would not.
+
+Nothing here imports Triton or the compiled extension until an op asks for it; a failed import is remembered with its
+error, and the error is shown wherever the kernel is missed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = [
+    "ENVIRONMENT",
+    "BackendError",
+    "Explanation",
+    "Facts",
+    "Op",
+    "explain",
+    "extension",
+    "op",
+    "ops",
+    "triton",
+    "use_impl",
+]
+
+ENVIRONMENT: dict[str, str] = {
+    "DELTAKERN_STRICT": "1: an op that would fall back to its reference raises instead of warning.",
+    "DELTAKERN_IMPL": "reference, triton, cpp or cuda: what impl='auto' takes in every op that has it; raises if it cannot.",
+    "DELTAKERN_REQUIRE_EXT": "At install: 1 makes a failed build of the compiled extension an error.",
+    "DELTAKERN_CUDA_ARCHS": "At install: architectures to compile, such as '90;100'; 'none' builds for CPU only.",
+}
+"""Every environment variable the package reads, and what it does. There are no others."""
+
+IMPLEMENTATIONS = ("reference", "triton", "cpp", "cuda")
+
+
+class BackendError(RuntimeError):
+    """An implementation was asked for that cannot run here."""
+
+
+class BackendWarning(UserWarning):
+    """A kernel exists for this device but the reference runs instead."""
+
+
+class Facts(NamedTuple):
+    """What the choice of an implementation may depend on; plain constants, so that it is made once under torch.compile.
+
+    Attributes:
+        device: ``tensor.device.type`` of the op's first tensor.
+        dtypes: dtypes of the op's tensors, in argument order.
+        note: a reason found by the op itself why no kernel takes these arguments (see :func:`too_wide`), or "".
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    note: str = ""
+
+
+@dataclass
+class Op:
+    """One op: its public function, its reference, and its kernels with the rule that admits arguments to each."""
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    facts: Callable[..., Facts]
+    kernels: dict[str, Callable[[Facts], str | None]] = field(default_factory=dict)
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        return ("reference", *self.kernels)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found. ``refused`` maps every other implementation to the reason why it would not run."""
+
+    op: str
+    chosen: str
+    why: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen} ({self.why})"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+_OPS: dict[str, Op] = {}
+_forced: list[str] = []
+_warned: set[tuple[str, str]] = set()
+
+
+def ops() -> dict[str, Op]:
+    """The registry: every op by name."""
+    return dict(_OPS)
+
+
+def op(
+    *,
+    reference: Callable[..., Any],
+    facts: Callable[..., Facts],
+    kernels: dict[str, Callable[[Facts], str | None]] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a public op.
+
+    Args:
+        reference: the plain PyTorch implementation, with the signature of the op less ``impl``.
+        facts: takes the op's arguments and returns :class:`Facts`.
+        kernels: name of an implementation to a rule that returns ``None`` when it takes such arguments here, else the reason
+            why not. Order is preference.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        entry = Op(function.__name__, function, reference, facts, dict(kernels or {}))
+        unknown = set(entry.kernels) - set(IMPLEMENTATIONS)
+        if unknown:
+            raise ValueError(f"op {entry.name}: implementation names are {IMPLEMENTATIONS}, got {sorted(unknown)}")
+        _OPS[entry.name] = entry
+        function.reference = reference
+        function.op = entry
+        return function
+
+    return register
+
+
+def strict() -> bool:
+    return os.environ.get("DELTAKERN_STRICT", "0") not in ("", "0")
+
+
+def preferred() -> str | None:
+    """The implementation that ``impl="auto"`` is told to take, by :func:`use_impl` or by ``DELTAKERN_IMPL``."""
+    name = _forced[-1] if _forced else os.environ.get("DELTAKERN_IMPL") or None
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise BackendError(f"DELTAKERN_IMPL: expected one of {IMPLEMENTATIONS}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_impl(name: str) -> Iterator[None]:
+    """Within the context ``impl="auto"`` means ``name`` in every op that has it; other ops choose as usual.
+
+    A function that torch.compile has already traced keeps the choice made when it was traced.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"use_impl: expected one of {IMPLEMENTATIONS}, got {name!r}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+# What a device's kernels are. A kernel that is not listed for a device is never missed there, so nothing is warned about.
+_NATIVE = {"cuda": ("triton", "cuda"), "cpu": ("cpp",)}
+_MISSED = "no kernel could be used"
+
+
+def _decide(entry: Op, impl: str, facts: Facts) -> Explanation:
+    """The one rule. Raises :class:`BackendError` where an explicit choice cannot run."""
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{entry.name}: impl is 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}")
+    asked, by = (impl, "asked for by impl=") if impl != "auto" else (None, "")
+    if asked is None and (want := preferred()) in entry.implementations:
+        asked, by = want, "asked for by use_impl or DELTAKERN_IMPL"
+    refused = {name: facts.note or rule(facts) for name, rule in entry.kernels.items()}
+    if asked is not None:
+        if asked not in entry.implementations:
+            raise BackendError(f"{entry.name}: has no implementation {asked!r}; it has {entry.implementations}")
+        if refused.get(asked):
+            raise BackendError(f"{entry.name}: impl={asked!r} cannot run: {refused[asked]}")
+        others = {n: r or f"{asked} was {by}" for n, r in refused.items() if n != asked}
+        if asked != "reference":
+            others["reference"] = f"{asked} was {by}"
+        return Explanation(entry.name, asked, by, others)
+    native = _NATIVE.get(facts.device, ())
+    for name in entry.kernels:
+        if name in native and refused[name] is None:
+            others = {n: r or f"{name} comes first" for n, r in refused.items() if n != name}
+            return Explanation(entry.name, name, f"the kernel for {facts.device}", {**others, "reference": "a kernel is present"})
+    others = {n: r or f"not used on {facts.device} unless asked for" for n, r in refused.items()}
+    missed = [n for n in entry.kernels if n in native]
+    why = _MISSED if missed else f"no kernel is meant for {facts.device}"
+    return Explanation(entry.name, "reference", why, others)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_once(name: str, impl: str, facts: Facts, want: str | None, is_strict: bool) -> str:
+    entry = _OPS[name]
+    found = _decide(entry, impl, facts)
+    if found.chosen == "reference" and found.why == _MISSED:
+        reason = "; ".join(f"{n}: {found.refused[n]}" for n in entry.kernels if n in _NATIVE[facts.device])
+        if is_strict:
+            raise BackendError(f"{name}: DELTAKERN_STRICT=1 and no kernel can run on {facts.device} ({reason})")
+        if (name, reason) not in _warned:
+            _warned.add((name, reason))
+            warnings.warn(f"deltakern.{name}: the PyTorch reference runs instead of a kernel ({reason})", BackendWarning, stacklevel=5)
+    return found.chosen
+
+
+@torch.compiler.assume_constant_result
+def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], note: str) -> str:
+    # Plain arguments: under torch.compile this runs once, at trace time, and a NamedTuple does not survive the passage.
+    return _choose_once(name, impl, Facts(device, dtypes, note), preferred(), strict())
+
+
+def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:
+    """The name of the implementation that a call with these facts takes. Warns, or raises, as the module says."""
+    return _choose(function.op.name, impl, facts.device, facts.dtypes, facts.note)
+
+
+def explain(function: Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
+    """Says which implementation ``function(*args, **kwargs)`` would take and why, without running it.
+
+    Raises:
+        TypeError: ``function`` is not an op of this package.
+        BackendError: ``impl`` names an implementation that cannot run with these arguments.
+    """
+    entry = getattr(function, "op", None)
+    if not isinstance(entry, Op):
+        raise TypeError(f"explain: expected one of deltakern.ops, got {function!r}")
+    return _decide(entry, impl, entry.facts(*args, **kwargs))
+
+
+def too_wide(width: int, limit: int = 8192) -> str:
+    """A note for :class:`Facts`: why a row of this width does not fit one program of a kernel, or "".
+
+    A comparison rather than a size in the facts: under torch.compile a size may be symbolic, its comparison is a guard.
+    """
+    return "" if width <= limit else f"the kernel takes at most {limit} channels"
+
+
+class Loaded(NamedTuple):
+    """A module that may be missing: ``module`` or the ``error`` that its import raised."""
+
+    module: Any
+    error: str | None
+
+
+def _load(name: str) -> Loaded:
+    try:
+        return Loaded(importlib.import_module(name), None)
+    except Exception as problem:  # a broken Triton raises more than ImportError, and must not take the package down
+        return Loaded(None, f"{type(problem).__name__}: {problem}")
+
+
+@functools.cache
+def triton() -> Loaded:
+    """Triton, imported at the first call."""
+    return _load("triton")
+
+
+@functools.cache
+def extension() -> Loaded:
+    """``deltakern._C``, the compiled extension, imported at the first call."""
+    return _load("deltakern._C")
+
+
+def triton_interprets() -> bool:
+    """True where Triton runs its kernels on the CPU (``TRITON_INTERPRET=1``, set before Triton was imported)."""
+    return triton().module is not None and bool(triton().module.knobs.runtime.interpret)
+
+
+def triton_refuses(facts: Facts, *, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)) -> str | None:
+    """The rule that most Triton kernels share: a GPU (or the interpreter) and the dtypes. None when all is well."""
+    if facts.device not in ("cuda", "cpu"):
+        return f"Triton kernels run on cuda, got {facts.device}"
+    for dtype in facts.dtypes:
+        if dtype not in dtypes:
+            return f"the kernel takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {str(dtype).removeprefix('torch.')}"
+    loaded = triton()
+    if loaded.module is None:
+        return f"Triton could not be imported: {loaded.error}"
+    if facts.device == "cpu" and not triton_interprets():
+        return "a CPU tensor, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    return None

@@ -1,0 +1,25 @@
+"""The ops: one file each, a contract, a PyTorch reference, kernels. ``deltakern.ops.<name>.reference`` is the reference."""
+
+from deltakern.ops.best_of_n import best_of_n
+from deltakern.ops.context_attention import context_attention
+from deltakern.ops.delta_pool import delta_pool
+from deltakern.ops.gelu import gelu
+from deltakern.ops.head_gate import head_gate
+from deltakern.ops.patch_delta import patch_delta
+from deltakern.ops.recon_loss import recon_loss
+from deltakern.ops.residual_norm import residual_norm
+from deltakern.ops.rope_qk_norm import rope_qk_norm
+from deltakern.ops.swiglu import swiglu
+
+__all__ = [
+    "best_of_n",
+    "context_attention",
+    "delta_pool",
+    "gelu",
+    "head_gate",
+    "patch_delta",
+    "recon_loss",
+    "residual_norm",
+    "rope_qk_norm",
+    "swiglu",
+]

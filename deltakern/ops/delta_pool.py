@@ -1,0 +1,70 @@
+"""``delta_pool``: single-query attention that pools the normed tokens themselves.
+
+Formula, for every clip and head (q one row a head, k and normed L rows)::
+
+    p = softmax_j(scale * <q, k_j>)
+    pooled = sum_j p_j * normed_j                    (D,) a head, not (d,)
+
+The value projection commutes with the pooling, sum_j p_j (W n_j + b) = W (sum_j p_j n_j) + b, so the encoder's last block,
+of which only the delta token's row is used, never forms V for its 2N+1 tokens: the caller applies each head's rows of W
+to ``pooled``.
+Shapes: normed (B,L,D), q (B,H,d), k (B,L,H,d) -> (B,H,D) in normed's dtype.
+Dtypes: float32, bfloat16, float16 (float64 in the reference); scores, softmax and pooling in float32 (float64 for float64).
+Gradient: normed, q, k; softmax statistics are kept, probabilities are not.
+Determinism: partial results over tokens are combined in a fixed order.
+Source: exact algebra on DeltaTok.encode of the released code, which forms the whole block and drops all rows but the first.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from deltakern import backend
+from deltakern.ops import _validate
+
+
+def delta_pool_reference(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """Plain PyTorch. See the module's docstring for the contract."""
+    wide = torch.float64 if normed.dtype == torch.float64 else torch.float32
+    with torch.autocast(normed.device.type, enabled=False):
+        scores = torch.einsum("bhd,blhd->bhl", q.to(wide), k.to(wide)) * scale
+        return torch.einsum("bhl,bld->bhd", scores.softmax(-1), normed.to(wide)).to(normed.dtype)
+
+
+def _facts(normed, q, k, **_) -> backend.Facts:
+    return backend.Facts(normed.device.type, (normed.dtype, q.dtype, k.dtype), backend.too_wide(normed.shape[-1], 4096))
+
+
+def _check(normed, q, k) -> None:
+    op = "delta_pool"
+    _validate.rank(op, "normed", normed, "(B,L,D)")
+    _validate.rank(op, "q", q, "(B,H,d)")
+    batch, length, _ = normed.shape
+    _validate.shape(op, "q", q, (batch, *q.shape[1:]), "(B,H,d)")
+    _validate.shape(op, "k", k, (batch, length, *q.shape[1:]), "(B,L,H,d)")
+    if length == 0:
+        raise ValueError(f"{op}: normed must have at least one token, got {_validate.wanted_shape(normed)}")
+    _validate.floating(op, normed=normed, q=q, k=k)
+    _validate.one_device(op, normed=normed, q=q, k=k)
+
+
+@backend.op(reference=delta_pool_reference, facts=_facts)
+def delta_pool(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *, scale: float, impl: str = "auto") -> torch.Tensor:
+    """Attention of one query a head over L tokens, pooling the tokens themselves. The module's docstring is the contract.
+
+    Args:
+        normed: (B,L,D) tokens to pool.
+        q: (B,H,d) one query a head.
+        k: (B,L,H,d) keys.
+        scale: multiplies the scores, usually d ** -0.5.
+        impl: see :mod:`deltakern.backend`.
+
+    Returns:
+        (B,H,D) in normed's dtype.
+
+    Raises:
+        ValueError: shapes, devices, no token. TypeError: dtypes.
+    """
+    _check(normed, q, k)
+    backend.choose(delta_pool, impl, _facts(normed, q, k))
+    return delta_pool_reference(normed, q, k, scale=scale)

@@ -1,0 +1,37 @@
+"""``gelu``: the exact (erf) GELU of the backbone's and the predictor's MLPs.
+
+Formula: ``out = x * (1 + erf(x / sqrt(2))) / 2``.
+Shapes: any -> the same, in the same dtype.
+Dtypes: float32, bfloat16, float16 (float64 in the reference); computed in float32 (float64 for float64), rounded once.
+Gradient: x, of which alone is kept for the backward.
+Source: DINOv3's MLP (hidden_act="gelu") and the released Predictor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from deltakern import backend
+from deltakern.ops import _validate
+
+
+def gelu_reference(x: torch.Tensor) -> torch.Tensor:
+    """Plain PyTorch. See the module's docstring for the contract."""
+    return F.gelu(x)
+
+
+def _facts(x, **_) -> backend.Facts:
+    return backend.Facts(x.device.type, (x.dtype,))
+
+
+@backend.op(reference=gelu_reference, facts=_facts)
+def gelu(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """Exact GELU. The module's docstring is the contract.
+
+    Raises:
+        TypeError: the dtype.
+    """
+    _validate.floating("gelu", x=x)
+    backend.choose(gelu, impl, _facts(x))
+    return gelu_reference(x)

@@ -1,0 +1,65 @@
+"""``recon_loss``: the mean reconstruction loss of a prediction, as a scalar.
+
+Formula, d = pred - target in float32::
+
+    kind="log_cosh"    mean(|d| + softplus(-2|d|) - log 2)       DeltaTok's training loss
+    kind="smooth_l1"   mean(d^2 / (2 beta) where |d| < beta, else |d| - beta / 2)
+    kind="mse"         mean(d^2)
+
+Shapes: pred, target of one shape, any rank -> scalar, float32 (float64 for float64). An empty input gives NaN, as torch's mean.
+Dtypes: float32, bfloat16, float16 (float64 in the reference), the two may differ.
+Gradient: pred and target.
+Determinism: partial sums are added in a fixed order.
+Source: LogCoshLoss and the loss_fn table of the released training code; paper, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from deltakern import backend
+from deltakern.ops import _validate
+
+KINDS = ("log_cosh", "smooth_l1", "mse")
+
+
+def recon_loss_reference(pred: torch.Tensor, target: torch.Tensor, *, kind: str = "log_cosh", beta: float = 0.1) -> torch.Tensor:
+    """Plain PyTorch. See the module's docstring for the contract."""
+    wide = torch.float64 if torch.float64 in (pred.dtype, target.dtype) else torch.float32
+    difference = pred.to(wide) - target.to(wide)
+    if kind == "mse":
+        return difference.square().mean()
+    size = difference.abs()
+    if kind == "log_cosh":
+        return (size + F.softplus(-2.0 * size) - math.log(2.0)).mean()
+    return torch.where(size < beta, difference.square() / (2 * beta), size - beta / 2).mean()
+
+
+def _facts(pred, target, **_) -> backend.Facts:
+    return backend.Facts(pred.device.type, (pred.dtype, target.dtype))
+
+
+@backend.op(reference=recon_loss_reference, facts=_facts)
+def recon_loss(pred: torch.Tensor, target: torch.Tensor, *, kind: str = "log_cosh", beta: float = 0.1, impl: str = "auto") -> torch.Tensor:
+    """The mean loss of ``pred`` against ``target``. The module's docstring is the contract.
+
+    Args:
+        pred, target: one shape, any rank.
+        kind: "log_cosh", "smooth_l1" or "mse".
+        beta: where smooth-L1 turns linear; positive, ignored otherwise.
+        impl: see :mod:`deltakern.backend`.
+
+    Raises:
+        ValueError: shapes, devices, kind, beta. TypeError: dtypes.
+    """
+    _validate.choice("recon_loss", "kind", kind, KINDS)
+    _validate.shape("recon_loss", "target", target, pred.shape, "pred's shape")
+    if kind == "smooth_l1" and not beta > 0:
+        raise ValueError(f"recon_loss: beta must be positive, got {beta}")
+    _validate.floating("recon_loss", pred=pred, target=target)
+    _validate.one_device("recon_loss", pred=pred, target=target)
+    backend.choose(recon_loss, impl, _facts(pred, target))
+    return recon_loss_reference(pred, target, kind=kind, beta=beta)

@@ -1,0 +1,130 @@
+"""``rope_qk_norm``: rotary position embedding and per-head QK LayerNorm of q and k, in either order.
+
+Formula, for every token and head (x one of q, k; d channels; w its weight)::
+
+    rope(x) = x * cos + [-x2, x1] * sin              x1, x2 the first and last d/2 channels
+    norm(x) = (x - mean(x)) / sqrt(var(x) + eps) * w  mean subtracted, no bias
+    order="pre_rope"   rope(norm(x))                 the current release, parameters q_norm_prerope, k_norm_prerope
+    order="post_rope"  norm(rope(x))                 the first release, parameters q_norm, k_norm
+
+The first ``num_prefix`` tokens are normed but not rotated. Either weight ``None`` means no norm for that tensor. ``cos`` and
+``sin`` (N,d) are used (L - num_prefix) / N times over: twice for the two frames of a pair.
+Shapes: q, k (B,L,H,d), any strides with unit stride in d (slices of a packed projection); cos, sin (N,d); weights (d,).
+Out: q, k contiguous (B,L,H,d) in the dtype of the inputs. d is even.
+Dtypes: float32, bfloat16, float16 (float64 in the reference); accumulated in float32 (float64 for float64).
+Gradient: q, k, q_weight, k_weight (not the tables: a table that requires grad raises).
+Determinism: partial sums for the weights are added in a fixed order.
+Source: qk_norm.py of the released code and DINOv3's apply_rotary_pos_emb; paper, appendix (architecture).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from deltakern import backend
+from deltakern.ops import _validate
+
+ORDERS = ("pre_rope", "post_rope")
+
+
+def rope_qk_norm_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    *,
+    order: str = "pre_rope",
+    num_prefix: int = 0,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain PyTorch. See the module's docstring for the contract."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    repeats = (q.shape[1] - num_prefix) // cos.shape[0]
+    head = cos.shape[1]
+    cos = cos.to(wide).repeat(repeats, 1)[:, None]
+    sin = sin.to(wide).repeat(repeats, 1)[:, None]
+    # [-x2, x1] * sin is roll(x) * [-sin1, sin2]: the sign goes to the small table, so that no tensor of x's size is negated
+    signed = torch.cat((-sin[..., : head // 2], sin[..., head // 2 :]), -1)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        patches = x[:, num_prefix:]
+        rotated = torch.addcmul(patches * cos, patches.roll(head // 2, -1), signed)
+        return torch.cat((x[:, :num_prefix], rotated), 1) if num_prefix else rotated
+
+    def both(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        y = x.to(wide)
+        if weight is None:
+            return rotate(y).to(x.dtype)
+        if order == "pre_rope":
+            return rotate(F.layer_norm(y, (head,), weight.to(wide), None, eps)).to(x.dtype)
+        return F.layer_norm(rotate(y), (head,), weight.to(wide), None, eps).to(x.dtype)
+
+    return both(q, q_weight), both(k, k_weight)
+
+
+def _facts(q, k, cos, sin, q_weight, k_weight, **_) -> backend.Facts:
+    tensors = [t for t in (q, k, cos, sin, q_weight, k_weight) if t is not None]
+    return backend.Facts(q.device.type, tuple(t.dtype for t in tensors), backend.too_wide(q.shape[-1], 256))
+
+
+def _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
+    op = "rope_qk_norm"
+    _validate.choice(op, "order", order, ORDERS)
+    _validate.rank(op, "q", q, "(B,L,H,d)")
+    _validate.rank(op, "k", k, "(B,L,H,d)")
+    _validate.shape(op, "k", k, q.shape, "q's shape (B,L,H,d)")
+    length, head = q.shape[1], q.shape[3]
+    if head % 2:
+        raise ValueError(f"{op}: q must have an even number of channels a head, got {head}")
+    _validate.rank(op, "cos", cos, "(N,d)")
+    _validate.shape(op, "cos", cos, (cos.shape[0], head), "(N,d)")
+    _validate.shape(op, "sin", sin, cos.shape, "cos's shape (N,d)")
+    if not 0 <= num_prefix <= length:
+        raise ValueError(f"{op}: num_prefix must be between 0 and L={length}, got {num_prefix}")
+    if (length - num_prefix) % cos.shape[0]:
+        raise ValueError(f"{op}: cos must have N rows with L - num_prefix = {length - num_prefix} a multiple of N, got N={cos.shape[0]}")
+    for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if tensor is not None:
+            _validate.shape(op, name, tensor, (head,), "(d,)")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tensor.requires_grad:
+            raise ValueError(f"{op}: {name} has no gradient, got a tensor that requires grad")
+    tensors = {"q": q, "k": k, "cos": cos, "sin": sin, "q_weight": q_weight, "k_weight": k_weight}
+    _validate.floating(op, **tensors)
+    _validate.one_device(op, **tensors)
+
+
+@backend.op(reference=rope_qk_norm_reference, facts=_facts)
+def rope_qk_norm(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    *,
+    order: str = "pre_rope",
+    num_prefix: int = 0,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates and norms q and k: ``(q, k)``. The module's docstring is the contract.
+
+    Args:
+        q, k: (B,L,H,d).
+        cos, sin: (N,d) tables, used (L - num_prefix) / N times.
+        q_weight, k_weight: (d,) of the per-head LayerNorms, or ``None`` for plain RoPE.
+        order: "pre_rope" (norm, then rotate) or "post_rope".
+        num_prefix: leading tokens that are not rotated.
+        eps: of the LayerNorms.
+        impl: see :mod:`deltakern.backend`.
+
+    Raises:
+        ValueError: shapes, devices, order, num_prefix, a table that requires grad. TypeError: dtypes.
+    """
+    _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix)
+    backend.choose(rope_qk_norm, impl, _facts(q, k, cos, sin, q_weight, k_weight))
+    return rope_qk_norm_reference(q, k, cos, sin, q_weight, k_weight, order=order, num_prefix=num_prefix, eps=eps)

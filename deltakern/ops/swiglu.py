@@ -1,0 +1,41 @@
+"""``swiglu``: the gated activation of a packed gate-and-up projection.
+
+Formula: ``out = silu(gate) * up`` with ``gate, up = gate_up[..., :I], gate_up[..., I:]``, gate first.
+Shapes: gate_up (..., 2I) -> (..., I) in its dtype.
+Dtypes: float32, bfloat16, float16 (float64 in the reference); computed in float32 (float64 for float64), rounded once.
+Gradient: gate_up, of which alone is kept for the backward.
+Source: DINOv3's gated MLP as the released DeltaTok configures it (use_swiglu).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from deltakern import backend
+from deltakern.ops import _validate
+
+
+def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """Plain PyTorch. See the module's docstring for the contract."""
+    wide = torch.float64 if gate_up.dtype == torch.float64 else torch.float32
+    gate, up = gate_up.to(wide).chunk(2, -1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _facts(gate_up, **_) -> backend.Facts:
+    return backend.Facts(gate_up.device.type, (gate_up.dtype,))
+
+
+@backend.op(reference=swiglu_reference, facts=_facts)
+def swiglu(gate_up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """``silu(gate) * up`` of (..., 2I) -> (..., I), gate first. The module's docstring is the contract.
+
+    Raises:
+        ValueError: an odd last dimension. TypeError: the dtype.
+    """
+    if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"swiglu: gate_up must be (...,2I), got {_validate.wanted_shape(gate_up)}")
+    _validate.floating("swiglu", gate_up=gate_up)
+    backend.choose(swiglu, impl, _facts(gate_up))
+    return swiglu_reference(gate_up)
