@@ -8,7 +8,8 @@ Formula, for every token and head (x one of q, k; d channels; w its weight)::
     order="post_rope"  norm(rope(x))                 the first release, parameters q_norm, k_norm
 
 The first ``num_prefix`` tokens are normed but not rotated. Either weight ``None`` means no norm for that tensor. ``cos`` and
-``sin`` (N,d) are used (L - num_prefix) / N times over: twice for the two frames of a pair.
+``sin`` (N,d) are used (L - num_prefix) / N times over: twice for the two frames of a pair. ``q=None`` does k alone and returns
+``(None, k)``: the encoder's last block needs keys of all tokens but one query.
 Shapes: q, k (B,L,H,d), any strides with unit stride in d (slices of a packed projection); cos, sin (N,d); weights (d,).
 Out: q, k contiguous (B,L,H,d) in the dtype of the inputs. d is even.
 Dtypes: float32, bfloat16, float16 (float64 in the reference); accumulated in float32 (float64 for float64).
@@ -29,7 +30,7 @@ ORDERS = ("pre_rope", "post_rope")
 
 
 def rope_qk_norm_reference(
-    q: torch.Tensor,
+    q: torch.Tensor | None,
     k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -39,10 +40,10 @@ def rope_qk_norm_reference(
     order: str = "pre_rope",
     num_prefix: int = 0,
     eps: float = 1e-5,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Plain PyTorch. See the module's docstring for the contract."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    repeats = (q.shape[1] - num_prefix) // cos.shape[0]
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    repeats = (k.shape[1] - num_prefix) // cos.shape[0]
     head = cos.shape[1]
     cos = cos.to(wide).repeat(repeats, 1)[:, None]
     sin = sin.to(wide).repeat(repeats, 1)[:, None]
@@ -62,23 +63,24 @@ def rope_qk_norm_reference(
             return rotate(F.layer_norm(y, (head,), weight.to(wide), None, eps)).to(x.dtype)
         return F.layer_norm(rotate(y), (head,), weight.to(wide), None, eps).to(x.dtype)
 
-    return both(q, q_weight), both(k, k_weight)
+    return None if q is None else both(q, q_weight), both(k, k_weight)
 
 
 def _facts(q, k, cos, sin, q_weight, k_weight, **_) -> backend.Facts:
     tensors = [t for t in (q, k, cos, sin, q_weight, k_weight) if t is not None]
-    return backend.Facts(q.device.type, tuple(t.dtype for t in tensors), backend.too_wide(q.shape[-1], 256))
+    return backend.Facts(k.device.type, tuple(t.dtype for t in tensors), backend.too_wide(k.shape[-1], 256))
 
 
 def _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
     op = "rope_qk_norm"
     _validate.choice(op, "order", order, ORDERS)
-    _validate.rank(op, "q", q, "(B,L,H,d)")
     _validate.rank(op, "k", k, "(B,L,H,d)")
-    _validate.shape(op, "k", k, q.shape, "q's shape (B,L,H,d)")
-    length, head = q.shape[1], q.shape[3]
+    if q is not None:
+        _validate.rank(op, "q", q, "(B,L,H,d)")
+        _validate.shape(op, "k", k, q.shape, "q's shape (B,L,H,d)")
+    length, head = k.shape[1], k.shape[3]
     if head % 2:
-        raise ValueError(f"{op}: q must have an even number of channels a head, got {head}")
+        raise ValueError(f"{op}: k must have an even number of channels a head, got {head}")
     _validate.rank(op, "cos", cos, "(N,d)")
     _validate.shape(op, "cos", cos, (cos.shape[0], head), "(N,d)")
     _validate.shape(op, "sin", sin, cos.shape, "cos's shape (N,d)")
@@ -99,7 +101,7 @@ def _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
 
 @backend.op(reference=rope_qk_norm_reference, facts=_facts)
 def rope_qk_norm(
-    q: torch.Tensor,
+    q: torch.Tensor | None,
     k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -110,11 +112,11 @@ def rope_qk_norm(
     num_prefix: int = 0,
     eps: float = 1e-5,
     impl: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Rotates and norms q and k: ``(q, k)``. The module's docstring is the contract.
 
     Args:
-        q, k: (B,L,H,d).
+        q, k: (B,L,H,d); ``q=None`` does k alone.
         cos, sin: (N,d) tables, used (L - num_prefix) / N times.
         q_weight, k_weight: (d,) of the per-head LayerNorms, or ``None`` for plain RoPE.
         order: "pre_rope" (norm, then rotate) or "post_rope".
