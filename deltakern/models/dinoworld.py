@@ -1,0 +1,170 @@
+"""DINO-world, the dense baseline of the same release: every patch is a token, for queries and for the past."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltakern.models.deltatok import Savings
+from deltakern.models.validate import check_frames
+from deltakern.models.world import World, axis_angles, rotate_axes
+from deltakern.nn import attend
+
+
+class DINOWorld(World):
+    """The dense predictor, with the released names. A query of frame t sees all patches of frames 0..t-1.
+
+    The released mask is a tensor over all queries and keys; here the queries of a frame attend to the slice of keys that
+    they may see, which is the same and costs half.
+
+    Args:
+        backbone: frozen, as :class:`deltakern.DINOv3`.
+        rope_axis_sizes, rope_unrotated_size: channels of a head that rotate with time, x and y, and that do not.
+        use_bom: one noise vector a frame and candidate, shared by its patches. False: one learned query vector at every patch.
+        The rest as in :class:`deltakern.DeltaWorld`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        rope_axis_sizes: tuple[int, ...] = (20, 20, 20),
+        predictor_hidden_size: int = 768,
+        predictor_num_hidden_layers: int = 12,
+        predictor_num_heads: int = 12,
+        use_bom: bool = False,
+        num_samples_train: int = 16,
+        num_samples_eval: int = 20,
+        layer_scale_init: float = 1e-5,
+        rope_unrotated_size: int = 4,
+        mlp_ratio: int = 4,
+        *,
+        savings: Savings | None = None,
+        candidate_chunk: int = 16,
+    ) -> None:
+        if len(rope_axis_sizes) != 3:
+            raise ValueError(f"rope_axis_sizes must name three axes, time, x and y, got {tuple(rope_axis_sizes)}")
+        super().__init__(
+            backbone,
+            rope_axis_sizes=rope_axis_sizes,
+            predictor_hidden_size=predictor_hidden_size,
+            predictor_num_hidden_layers=predictor_num_hidden_layers,
+            predictor_num_heads=predictor_num_heads,
+            use_bom=use_bom,
+            num_samples_train=num_samples_train,
+            num_samples_eval=num_samples_eval,
+            layer_scale_init=layer_scale_init,
+            rope_unrotated_size=rope_unrotated_size,
+            mlp_ratio=mlp_ratio,
+            savings=savings,
+            candidate_chunk=candidate_chunk,
+        )
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.predictor = self._make_predictor()
+
+    def train(self, mode: bool = True) -> DINOWorld:
+        """Sets the predictor's mode; the backbone stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def _features(self, frames: torch.Tensor) -> torch.Tensor:
+        check_frames(frames, self.backbone.patch_size)
+        with torch.no_grad():
+            return self.backbone(frames)
+
+    def _angles(self, frames: torch.Tensor, time: torch.Tensor) -> list[torch.Tensor]:
+        """Angles of the three axes at every patch of frames at the given times (B,T): time (B,T,1,a), x and y (1,1,N,a)."""
+        rows, columns = (size // self.backbone.patch_size for size in frames.shape[-2:])
+        y, x = torch.meshgrid(*(torch.linspace(-1, 1, n, device=frames.device) for n in (rows, columns)), indexing="ij")
+        sizes = self.rope_axis_sizes
+        return [
+            axis_angles(time, sizes[0])[:, :, None],
+            *(axis_angles(p.flatten(), s)[None, None] for p, s in ((x, sizes[1]), (y, sizes[2]))),
+        ]
+
+    def _rotate(self, frames: torch.Tensor, time: torch.Tensor):
+        """Rotation of keys (B,T*N,H,d) of frames at times (B,T)."""
+        angles = [a[..., None, :] for a in self._angles(frames, time)]
+        return lambda k: rotate_axes(k.unflatten(1, (time.shape[1], -1)), angles).flatten(1, 2)
+
+    def _rotated_queries(self, q: torch.Tensor, frames: torch.Tensor, time: torch.Tensor, candidates: int) -> torch.Tensor:
+        """(B,G*K*N,H,d) queries of G frames at times (B,G), K candidates each, to rotated (B,G,K*N,H,d)."""
+        angles = [a[:, :, None, :, None] for a in self._angles(frames, time)]
+        return rotate_axes(q.unflatten(1, (time.shape[1], candidates, -1)), angles).flatten(2, 3)
+
+    def _predict(self, frames: torch.Tensor, past: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Teacher forcing: queries (B,T-1,K,D), one vector for all patches of a candidate, to predictions (B,T-1,K,N,D)."""
+        batch, groups, candidates, width = queries.shape
+        patches = past.shape[1] // groups
+
+        def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q = self._rotated_queries(q, frames, timestamps[:, 1:], candidates)
+            seen = [patches * (g + 1) for g in range(groups)]
+            return torch.cat([attend(q[:, g], k[:, :n], v[:, :n]) for g, n in enumerate(seen)], 1)
+
+        q = queries[:, :, :, None].expand(-1, -1, -1, patches, -1).reshape(batch, -1, width)
+        out = self.predictor(q, past, self._rotate(frames, timestamps[:, :-1]), mix)
+        return out.view(batch, groups, candidates, patches, -1)
+
+    def _forward_train(self, frames, timestamps, criterion, queries, generator) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self._features(frames)
+        batch, total = y.shape[:2]
+        past, target = y[:, :-1].flatten(1, 2), y[:, 1:]
+        if self.use_bom:
+            if queries is None:
+                queries = self.noise(batch, total - 1, self.num_samples_train, device=y.device, dtype=y.dtype, generator=generator)
+            else:
+                self._check_queries(queries, (batch, total - 1, queries.shape[2] if queries.ndim == 4 else -1), "(B,T-1,K,D)")
+            best = self._best_queries(queries, lambda q: self._predict(frames, past, timestamps, q), target, criterion, 2)
+        else:
+            best = self.q_embed.weight.expand(batch, total - 1, -1)
+        return self._predict(frames, past, timestamps, best[:, :, None])[:, :, 0], target
+
+    def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
+        """State of a rollout: features ``y`` of all frames, the context's ``tokens`` (B,C*N,D) and every sample's ``own`` (B*S,J*N,D)."""
+        y = self._features(frames)
+        own = y.new_empty((y.shape[0] * self.num_samples, 0, y.shape[3]))
+        return {"y": y, "frames": frames[:, :1], "tokens": y[:, :ctx_len].flatten(1, 2), "own": own, "context": None, "own_kv": None}
+
+    def rollout_step(
+        self,
+        state: dict[str, Any],
+        tgt_frame_idx: int,
+        timestamps: torch.Tensor,
+        *,
+        queries: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Predicts frame ``tgt_frame_idx`` for every sample: (features (B*S,N,D), target (B,N,D), state). See DeltaWorld."""
+        frames, tokens, own, samples = state["frames"], state["tokens"], state["own"], self.num_samples
+        batch, patches = tokens.shape[0], state["y"].shape[2]
+        context, generated = tokens.shape[1] // patches, own.shape[1] // patches
+        if tgt_frame_idx != context + generated:
+            raise ValueError(f"tgt_frame_idx must be {context + generated}, the next frame of this state, got {tgt_frame_idx}")
+        times = timestamps[:, None].expand(-1, samples, -1).flatten(0, 1)
+        cached, own_kv = state["context"], state["own_kv"]
+        if cached is None or not self.savings.context_cache:
+            cached = self.predictor.keys_values(tokens, self._rotate(frames, timestamps[:, :context]))
+            own_kv = None if not generated else self.predictor.keys_values(own, self._rotate(frames, times[:, context:tgt_frame_idx]))
+        elif generated:
+            fresh = self.predictor.keys_values(own[:, -patches:], self._rotate(frames, times[:, tgt_frame_idx - 1 : tgt_frame_idx]))
+            own_kv = (
+                fresh
+                if own_kv is None
+                else [tuple(torch.cat(p, 1) for p in zip(a, b, strict=True)) for a, b in zip(own_kv, fresh, strict=True)]
+            )
+        memory = [tuple(t[:, None].expand(-1, samples, -1, -1, -1).flatten(0, 1) for t in kv) for kv in cached]
+        if own_kv is not None:
+            memory = [tuple(torch.cat(p, 1) for p in zip(a, b, strict=True)) for a, b in zip(memory, own_kv, strict=True)]
+        q_time = times[:, tgt_frame_idx : tgt_frame_idx + 1]
+        q = self._step_queries(batch, queries, tokens, generator).flatten(0, 1)[:, None].expand(-1, patches, -1)
+
+        def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attend(self._rotated_queries(q, frames, q_time, 1)[:, 0], k, v)
+
+        features = self.predictor(q, memory, None, mix)
+        appended = torch.cat((own, features.detach().to(own.dtype)), 1)
+        state = {**state, "own": appended, "context": cached, "own_kv": own_kv}
+        return features, state["y"][:, tgt_frame_idx], state

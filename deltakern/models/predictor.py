@@ -1,0 +1,143 @@
+"""The predictor: queries attend to past tokens and to nothing else. Shared by DeltaWorld and DINO-world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltakern.nn import MLP, LayerScale, PackedModule, Residual
+from deltakern.nn.block import add_and_norm, fold_scale
+from deltakern.nn.packing import compute_dtype
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+Rotate = Callable[[torch.Tensor], torch.Tensor]
+Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class CrossAttention(PackedModule):
+    """Parameters ``q_proj``, ``kv_proj`` (keys first), ``out_proj``, all with bias."""
+
+    def __init__(self, width: int, memory_width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.kv_proj = nn.Linear(memory_width, 2 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> KeysValues:
+        """Keys, rotated, and values of memory tokens (B,T,Dm): each (B,T,H,d)."""
+        dtype = compute_dtype(memory.device.type, self.kv_proj.weight.dtype)
+        weight, bias = self.packed("kv", (self.kv_proj.weight, self.kv_proj.bias), dtype, lambda *p: p)
+        both = F.linear(memory.to(dtype), weight, bias).unflatten(-1, (2, self.num_heads, -1))
+        return rotate(both[:, :, 0]), both[:, :, 1]
+
+    def forward(self, normed: torch.Tensor, kv: KeysValues, mix: Mix, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """(B,Q,D) -> (B,Q,D); ``mix(q, k, v)`` is the attention itself, ``scale`` is folded into the output projection."""
+        dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
+        weight, bias = self.packed("q", (self.q_proj.weight, self.q_proj.bias), dtype, lambda *p: p)
+        q = F.linear(normed, weight, bias).unflatten(-1, (self.num_heads, -1))
+        weight, bias = self.packed("out", (self.out_proj.weight, self.out_proj.bias, scale), dtype, fold_scale)
+        return F.linear(mix(q, *kv).flatten(2), weight, bias)
+
+
+class PredictorBlock(nn.Module):
+    """q += ls1 * attention(LN(q), memory); q += ls2 * MLP(LN(q))."""
+
+    def __init__(self, width: int, memory_width: int, heads: int, mlp_ratio: int, layer_scale_init: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = CrossAttention(width, memory_width, heads)
+        self.layer_scale1 = LayerScale(width, layer_scale_init)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp_ratio * width)
+        self.layer_scale2 = LayerScale(width, layer_scale_init)
+
+    def forward(self, entry: Residual, memory: torch.Tensor | KeysValues, rotate: Rotate | None, mix: Mix) -> Residual:
+        """One block.
+
+        Args:
+            entry: the queries' stream and the branch that the block before left to add.
+            memory: (B,T,Dm) tokens, projected here, or the keys and values that :meth:`CrossAttention.keys_values` made of them.
+            rotate: applies the keys' RoPE; not read when ``memory`` is keys and values.
+            mix: the attention of rotated or unrotated queries, as the caller defines it.
+        """
+        fold = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
+        scale1, scale2 = self.layer_scale1.lambda1, self.layer_scale2.lambda1
+        dtype = compute_dtype(self.norm1.weight.device.type, self.norm1.weight.dtype)
+        kv = self.attention.keys_values(memory, rotate) if isinstance(memory, torch.Tensor) else memory
+        stream, normed = add_and_norm(entry, self.norm1, dtype)
+        branch = self.attention(normed, kv, mix, scale1 if fold else None)
+        stream, normed = add_and_norm(Residual(stream, branch, None if fold else scale1), self.norm2, dtype)
+        # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
+        return Residual(stream, self.mlp(normed, scale2 if fold else None), None if fold else scale2.clone())
+
+
+class Predictor(nn.Module):
+    """Blocks, LayerNorm and a linear head, under the released names.
+
+    Args:
+        backbone_hidden_size: Dm, of the memory tokens and of the output.
+        initializer_range: deviation of the initial weights.
+        rope_axis_sizes, rope_unrotated_size: channels of a head that each axis rotates, and that none does.
+        layer_scale_init: initial LayerScale.
+        predictor_hidden_size, predictor_num_hidden_layers, predictor_num_heads, mlp_ratio: D, depth, heads, MLP over D.
+    """
+
+    def __init__(
+        self,
+        backbone_hidden_size: int,
+        initializer_range: float,
+        rope_axis_sizes: Sequence[int],
+        rope_unrotated_size: int,
+        layer_scale_init: float,
+        predictor_hidden_size: int,
+        predictor_num_hidden_layers: int,
+        predictor_num_heads: int,
+        mlp_ratio: int,
+    ) -> None:
+        super().__init__()
+        if predictor_hidden_size % predictor_num_heads:
+            raise ValueError(
+                f"predictor_hidden_size must be a multiple of predictor_num_heads, got {predictor_hidden_size} and {predictor_num_heads}"
+            )
+        head = predictor_hidden_size // predictor_num_heads
+        if sum(rope_axis_sizes) + rope_unrotated_size != head or any(size % 2 for size in rope_axis_sizes):
+            raise ValueError(
+                f"rope_axis_sizes must be even and add up with rope_unrotated_size to the head size {head}, "
+                f"got {tuple(rope_axis_sizes)} and {rope_unrotated_size}"
+            )
+        self.blocks = nn.ModuleList(
+            PredictorBlock(predictor_hidden_size, backbone_hidden_size, predictor_num_heads, mlp_ratio, layer_scale_init)
+            for _ in range(predictor_num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(predictor_hidden_size)
+        self.head = nn.Linear(predictor_hidden_size, backbone_hidden_size)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=initializer_range)
+                nn.init.zeros_(module.bias)
+
+    def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> list[KeysValues]:
+        """Keys and values of memory tokens (B,T,Dm) in every block; they depend on no query."""
+        return [block.attention.keys_values(memory, rotate) for block in self.blocks]
+
+    def forward(
+        self, queries: torch.Tensor, memory: torch.Tensor | Sequence[KeysValues], rotate: Rotate | None, mix: Mix | Sequence[Mix]
+    ) -> torch.Tensor:
+        """Predictions (B,Q,Dm) of queries (B,Q,D).
+
+        Args:
+            queries: (B,Q,D).
+            memory: tokens (B,T,Dm), or the list of :meth:`keys_values`.
+            rotate: the keys' RoPE; None when ``memory`` is keys and values.
+            mix: the attention, one for all blocks or one a block.
+        """
+        dtype = compute_dtype(queries.device.type, self.head.weight.dtype)
+        entry = Residual(queries)
+        for i, block in enumerate(self.blocks):
+            own = memory if isinstance(memory, torch.Tensor) else memory[i]
+            entry = block(entry, own, rotate, mix if callable(mix) else mix[i])
+        return F.linear(add_and_norm(entry, self.norm, dtype)[1], self.head.weight.to(dtype), self.head.bias.to(dtype))

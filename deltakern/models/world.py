@@ -1,0 +1,247 @@
+"""What DeltaWorld and DINO-world share: noise queries, the best-of-many search, training and evaluation as the trainer calls them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltakern import ops
+from deltakern.models.deltatok import Savings
+from deltakern.models.predictor import Predictor
+from deltakern.models.validate import check_frames, check_positive, check_timestamps
+
+
+def axis_angles(position: torch.Tensor, axis_size: int) -> torch.Tensor:
+    """RoPE angles (..., axis_size / 2) of positions (...) on one axis, at least float32 (released Predictor)."""
+    wide = torch.promote_types(position.dtype, torch.float32)
+    inverse = 1.0 / (10.0 ** torch.linspace(-2, 2, axis_size // 2, device=position.device, dtype=wide))
+    return (2 * math.pi) * position.to(wide)[..., None] * inverse
+
+
+def rotate_axes(x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
+    """Rotates the channels of x (..., d), one consecutive slice an axis, in pairs (i, i + half) within the slice.
+
+    Args:
+        x: (..., d).
+        angles: for every axis (..., half), which broadcast against x's leading dimensions.
+
+    Returns:
+        (..., d) in x's dtype; channels beyond the last axis are as they were.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sizes = [size for a in angles for size in (a.shape[-1], a.shape[-1])]
+    *halves, rest = x.to(wide).split((*sizes, x.shape[-1] - sum(sizes)), -1)
+    turned = []
+    for i, angle in enumerate(angles):
+        first, second = halves[2 * i : 2 * i + 2]
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        turned += [first * cos - second * sin, first * sin + second * cos]
+    return torch.cat((*turned, rest), -1).to(x.dtype)
+
+
+def loss_name(criterion: nn.Module | None) -> dict[str, Any] | None:
+    """The arguments of ``ops.best_of_n`` that mean ``criterion`` (elementwise, reduction "none"); None if it has no name there."""
+    if getattr(criterion, "reduction", "none") != "none":
+        raise ValueError(f"criterion must not reduce (reduction='none'), got reduction={criterion.reduction!r}")
+    if type(criterion) is nn.SmoothL1Loss and criterion.beta > 0:
+        return {"loss": "smooth_l1", "beta": float(criterion.beta)}
+    if type(criterion) is nn.MSELoss:
+        return {"loss": "mse"}
+    if type(criterion) is nn.L1Loss:
+        return {"loss": "l1"}
+    if type(criterion).__name__ == "LogCoshLoss":  # the released training code's own class, not importable here
+        return {"loss": "log_cosh"}
+    return None
+
+
+class World(nn.Module, ABC):
+    """Base of the world models. Subclasses say how queries meet the past."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        rope_axis_sizes: tuple[int, ...],
+        predictor_hidden_size: int,
+        predictor_num_hidden_layers: int,
+        predictor_num_heads: int,
+        use_bom: bool,
+        num_samples_train: int,
+        num_samples_eval: int,
+        layer_scale_init: float,
+        rope_unrotated_size: int,
+        mlp_ratio: int,
+        savings: Savings | None,
+        candidate_chunk: int,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            predictor_hidden_size=predictor_hidden_size,
+            predictor_num_hidden_layers=predictor_num_hidden_layers,
+            predictor_num_heads=predictor_num_heads,
+            num_samples_train=num_samples_train,
+            num_samples_eval=num_samples_eval,
+            mlp_ratio=mlp_ratio,
+            candidate_chunk=candidate_chunk,
+        )
+        self.rope_axis_sizes = tuple(rope_axis_sizes)
+        self.predictor_hidden_size = predictor_hidden_size
+        self.use_bom = use_bom
+        self.num_samples_train = num_samples_train
+        self.num_samples_eval = num_samples_eval
+        self.initializer_range = backbone.initializer_range
+        self.savings = savings or Savings()
+        self.candidate_chunk = candidate_chunk
+        if not use_bom:
+            self.q_embed = nn.Embedding(1, predictor_hidden_size)
+            nn.init.trunc_normal_(self.q_embed.weight, std=self.initializer_range)
+        self._predictor_arguments = (
+            backbone.hidden_size,
+            backbone.initializer_range,
+            tuple(rope_axis_sizes),
+            rope_unrotated_size,
+            layer_scale_init,
+            predictor_hidden_size,
+            predictor_num_hidden_layers,
+            predictor_num_heads,
+            mlp_ratio,
+        )
+
+    def _make_predictor(self) -> Predictor:
+        return Predictor(*self._predictor_arguments)
+
+    @property
+    def num_samples(self) -> int:
+        """Futures sampled in evaluation: 1 without best-of-many."""
+        return self.num_samples_eval if self.use_bom else 1
+
+    def noise(self, *shape: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Queries: N(0, initializer_range^2) of shape (*shape, D)."""
+        width = self.predictor_hidden_size
+        return torch.randn(*shape, width, device=device, dtype=dtype, generator=generator) * self.initializer_range
+
+    def forward(
+        self,
+        frames: torch.Tensor,
+        timestamps: torch.Tensor,
+        criterion: nn.Module | None = None,
+        ctx_len: int | None = None,
+        *,
+        queries: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Prediction, as the released trainer calls it.
+
+        Args:
+            frames: uint8 (B,T,3,H,W).
+            timestamps: (B,T) seconds.
+            criterion: elementwise loss that picks the best candidate while training with best-of-many.
+            ctx_len: in evaluation, the number of context frames, 1..T-1.
+            queries: the noise, instead of drawing it: (B,T-1,K,D) while training, (B,S,T-ctx_len,D) in evaluation.
+            generator: draws the noise.
+
+        Returns:
+            While training (prediction, target), both of frames 1..T-1. In evaluation (predictions (B,S,h,N,D), targets
+            (B,h,N,D), context features (B,ctx_len,N,D)) with h = T - ctx_len.
+
+        Raises:
+            ValueError: shapes, ctx_len, a criterion that is missing or reduces. TypeError: dtypes.
+        """
+        check_frames(frames, self.backbone.patch_size, least=2)
+        check_timestamps(timestamps, frames)
+        if self.training:
+            if self.use_bom and criterion is None:
+                raise ValueError("criterion must be an elementwise loss for best-of-many training, got None")
+            return self._forward_train(frames, timestamps, criterion, queries, generator)
+        total = frames.shape[1]
+        if not isinstance(ctx_len, int) or not 1 <= ctx_len < total:
+            raise ValueError(f"ctx_len must be between 1 and T-1={total - 1} in evaluation, got {ctx_len!r}")
+        horizon, samples = total - ctx_len, self.num_samples
+        if queries is not None:
+            self._check_queries(queries, (frames.shape[0], samples, horizon), "(B,S,h,D)")
+        state = self.rollout_init(frames, ctx_len)
+        predictions, targets = [], []
+        for t in range(horizon):
+            prediction, target, state = self.rollout_step(
+                state, ctx_len + t, timestamps, queries=None if queries is None else queries[:, :, t], generator=generator
+            )
+            predictions.append(prediction.unflatten(0, (-1, samples)))
+            targets.append(target)
+        return torch.stack(predictions, 2), torch.stack(targets, 1), state["y"][:, :ctx_len]
+
+    def _check_queries(self, queries: torch.Tensor, leading: tuple[int, ...], layout: str) -> None:
+        expected = (*leading, self.predictor_hidden_size)
+        if tuple(queries.shape) != expected:
+            raise ValueError(f"queries must be {layout} = {expected}, got a tensor of shape {tuple(queries.shape)}")
+
+    def _step_queries(
+        self, batch: int, queries: torch.Tensor | None, like: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """(B,S,D) queries of one rollout step: given, drawn, or the learned one."""
+        if queries is not None:
+            self._check_queries(queries, (batch, self.num_samples), "(B,S,D)")
+            return queries
+        if self.use_bom:
+            return self.noise(batch, self.num_samples, 1, device=like.device, dtype=like.dtype, generator=generator)[:, :, 0]
+        return self.q_embed.weight.expand(batch, 1, -1)
+
+    @torch.no_grad()
+    def _best_queries(
+        self,
+        queries: torch.Tensor,
+        predict: Callable[[torch.Tensor], torch.Tensor],
+        target: torch.Tensor,
+        criterion: nn.Module,
+        reduce_dims: int,
+    ) -> torch.Tensor:
+        """The query of every (clip, frame) whose prediction has the least loss.
+
+        Args:
+            queries: (B,G,K,D) noise.
+            predict: (B,G,k,D) queries to candidates (B,G,k,R...).
+            target: (B,G,R...).
+            criterion: elementwise loss.
+            reduce_dims: dimensions of R.
+
+        Returns:
+            (B,G,D). Candidates are made and judged ``candidate_chunk`` at a time, never all in memory.
+        """
+        named = loss_name(criterion)
+        best_loss = best = None
+        for start in range(0, queries.shape[2], self.candidate_chunk):
+            chunk = queries[:, :, start : start + self.candidate_chunk]
+            candidates = predict(chunk)
+            if named is not None:
+                index, loss = ops.best_of_n(candidates, target.to(candidates.dtype), reduce_dims=reduce_dims, **named)
+            else:
+                losses = criterion(candidates, target.unsqueeze(2).expand_as(candidates)).flatten(3).mean(-1)
+                loss, index = losses.min(-1)
+            chosen = chunk.gather(2, index[..., None, None].expand(*index.shape, 1, chunk.shape[-1])).squeeze(2)
+            if best is None:
+                best_loss, best = loss, chosen
+                continue
+            better = (loss < best_loss) | (best_loss.isnan() & ~loss.isnan())
+            best_loss, best = torch.where(better, loss, best_loss), torch.where(better[..., None], chosen, best)
+        return best
+
+    @abstractmethod
+    def _forward_train(self, frames, timestamps, criterion, queries, generator) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    @abstractmethod
+    def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def rollout_step(
+        self,
+        state: dict[str, Any],
+        tgt_frame_idx: int,
+        timestamps: torch.Tensor,
+        *,
+        queries: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]: ...

@@ -1,0 +1,327 @@
+"""The pre-norm transformer block of the backbone and of DeltaTok, wired from ops, under the released parameter names.
+
+A block is split where its memory-bound passes meet: it returns its residual stream and its last branch *not yet added*
+(:class:`Residual`), so that the next block adds it, scales it and norms the sum in one pass (``ops.residual_norm``). The
+first block of DeltaTok begins with ``ops.patch_delta`` instead (:class:`Assembly`). Either happens inside the block that owns
+the LayerNorm, so that sharding a model block by block (FSDP), compiling or checkpointing it block by block all work.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltakern import ops
+from deltakern.nn.attend import attend, check_backend
+from deltakern.nn.packing import PackedModule, compute_dtype
+
+QK_NORM_ORDERS = ("pre_rope", "post_rope")
+
+
+class Residual(NamedTuple):
+    """``stream + scale * branch``, not yet added. ``branch=None`` is the stream alone; ``scale=None`` is ones."""
+
+    stream: torch.Tensor
+    branch: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+    def add(self) -> torch.Tensor:
+        """The sum."""
+        if self.branch is None:
+            return self.stream
+        return ops.residual_norm(self.stream, self.branch, self.scale, None, None)[0]
+
+
+class Assembly(NamedTuple):
+    """A token sequence not yet assembled: the arguments of ``ops.patch_delta``."""
+
+    prev: torch.Tensor | None
+    curr: torch.Tensor | None
+    token: torch.Tensor
+    role: torch.Tensor | None
+    mode: str
+    stream_dtype: torch.dtype | None = None
+
+
+def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream, and its LayerNorm in ``out_dtype`` (the stream's own when None)."""
+    if isinstance(entry, Assembly):
+        return ops.patch_delta(
+            entry.prev,
+            entry.curr,
+            entry.token,
+            entry.role,
+            norm.weight,
+            norm.bias,
+            mode=entry.mode,
+            eps=norm.eps,
+            out_dtype=out_dtype,
+            stream_dtype=entry.stream_dtype,
+        )
+    if entry.branch is None:
+        normed = F.layer_norm(entry.stream.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return entry.stream, normed.to(out_dtype or entry.stream.dtype)
+    return ops.residual_norm(entry.stream, entry.branch, entry.scale, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
+
+
+class LayerScale(nn.Module):
+    """Per-channel scale of a branch, parameter ``lambda1`` (D,)."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.full((width,), float(init)))
+
+
+class MLP(PackedModule):
+    """width -> hidden -> width with exact GELU; parameters ``up_proj``, ``down_proj``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(width, hidden)
+        self.down_proj = nn.Linear(hidden, width)
+
+    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection."""
+        dtype = compute_dtype(normed.device.type, self.up_proj.weight.dtype)
+        up, up_bias = self.packed("up", (self.up_proj.weight, self.up_proj.bias), dtype, lambda *p: p)
+        return _down(self, ops.gelu(F.linear(normed, up, up_bias)), scale, dtype)
+
+
+class SwiGLU(PackedModule):
+    """down(silu(gate(x)) * up(x)); parameters ``gate_proj``, ``up_proj``, ``down_proj``, all with bias."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden)
+        self.up_proj = nn.Linear(width, hidden)
+        self.down_proj = nn.Linear(hidden, width)
+
+    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection."""
+        dtype = compute_dtype(normed.device.type, self.up_proj.weight.dtype)
+        gate_up, bias = self.packed(
+            "gate_up",
+            (self.gate_proj.weight, self.gate_proj.bias, self.up_proj.weight, self.up_proj.bias),
+            dtype,
+            lambda gate, gate_bias, up, up_bias: (torch.cat((gate, up)), torch.cat((gate_bias, up_bias))),
+        )
+        return _down(self, ops.swiglu(F.linear(normed, gate_up, bias)), scale, dtype)
+
+
+def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A projection whose output is multiplied by ``scale``: (weight, bias)."""
+    return (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)
+
+
+def _down(mlp: PackedModule, hidden: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    weight, bias = mlp.packed("down", (mlp.down_proj.weight, mlp.down_proj.bias, scale), dtype, fold_scale)
+    return F.linear(hidden, weight, bias)
+
+
+class SelfAttention(PackedModule):
+    """Multi-head self-attention with RoPE, optional QK-norm and optional head gate, under the released names.
+
+    Parameters: ``k_proj`` (no bias), ``v_proj``, ``q_proj``, ``o_proj``; with ``qk_norm`` the per-head LayerNorms without bias
+    ``q_norm``/``k_norm`` ("post_rope") or ``q_norm_prerope``/``k_norm_prerope`` ("pre_rope"); with ``gated`` ``attn_gate``.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, qk_norm: str | None = None, gated: bool = False, eps: float = 1e-5, attention: str = "auto"
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"SelfAttention: width must be a multiple of heads, got {width} and {heads}")
+        if qk_norm not in (None, *QK_NORM_ORDERS):
+            raise ValueError(f"SelfAttention: qk_norm must be None or one of {QK_NORM_ORDERS}, got {qk_norm!r}")
+        self.num_heads, self.head_dim = heads, width // heads
+        self.qk_norm, self.gated, self.eps = qk_norm, gated, eps
+        self.attention = check_backend(attention)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
+        if qk_norm is not None:
+            suffix = "_prerope" if qk_norm == "pre_rope" else ""
+            self.add_module(f"q_norm{suffix}", nn.LayerNorm(self.head_dim, eps=eps, bias=False))
+            self.add_module(f"k_norm{suffix}", nn.LayerNorm(self.head_dim, eps=eps, bias=False))
+        if gated:
+            self.attn_gate = nn.Linear(width, heads)
+
+    def norm_weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(q, k) weights of the QK-norm, or Nones."""
+        if self.qk_norm is None:
+            return None, None
+        if self.qk_norm == "pre_rope":
+            return self.q_norm_prerope.weight, self.k_norm_prerope.weight
+        return self.q_norm.weight, self.k_norm.weight
+
+    def _input_projection(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """q, k, v and the gate's logits as one product: weight (3D [+ H], D) and bias."""
+        gate = (self.attn_gate.weight, self.attn_gate.bias) if self.gated else ()
+        parts = (self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.v_proj.weight, self.v_proj.bias, *gate)
+
+        def build(q, q_bias, k, v, v_bias, *gate):
+            biases = (q_bias, torch.zeros_like(q_bias), v_bias, *gate[1:])
+            return torch.cat((q, k, v, *gate[:1])), torch.cat(biases)
+
+        return self.packed("qkv", parts, dtype, build)
+
+    def _output(self, mixed: torch.Tensor, gate: torch.Tensor | None, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Head gate and output projection of (B,L,H,d), with ``scale`` folded in."""
+        if gate is not None:
+            mixed = ops.head_gate(mixed, gate)
+        weight, bias = self.packed("o", (self.o_proj.weight, self.o_proj.bias, scale), dtype, fold_scale)
+        return F.linear(mixed.flatten(2), weight, bias)
+
+    def forward(
+        self,
+        normed: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        *,
+        num_prefix: int,
+        skip: int = 0,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of rows ``skip``.. over all rows.
+
+        Args:
+            normed: (B,L,D).
+            rope: cosines and sines (N,d), used (L - num_prefix) / N times.
+            num_prefix: leading tokens that do not rotate.
+            skip: leading rows whose output nobody reads.
+            scale: (D,) folded into the output projection.
+
+        Returns:
+            (B, L - skip, D).
+        """
+        dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
+        batch, length, width = normed.shape
+        together = F.linear(normed, *self._input_projection(dtype))
+        q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
+        q, k = ops.rope_qk_norm(q, k, *rope, *self.norm_weights(), order=self.qk_norm or "pre_rope", num_prefix=num_prefix, eps=self.eps)
+        mixed = attend(q[:, skip:], k, v, backend=self.attention)
+        return self._output(mixed, gate[:, skip:] if self.gated else None, scale, dtype)
+
+    def first_row(
+        self,
+        normed: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        *,
+        num_prefix: int,
+        fold_value: bool,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The output of row 0 alone, (B,1,D): keys of every token, one query; exact, see spec of ``ops.delta_pool``.
+
+        With ``fold_value`` the value projection is applied after the pooling, to one vector a head instead of L tokens.
+        Row 0 must be one of the ``num_prefix`` tokens that do not rotate.
+        """
+        dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
+        heads, head = self.num_heads, self.head_dim
+        first = normed[:, 0]
+        q_weight, k_weight = self.norm_weights()
+        q_proj, q_bias, k_proj, v_proj, v_bias = self.packed(
+            "first_row",
+            (self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.v_proj.weight, self.v_proj.bias),
+            dtype,
+            lambda *p: p,
+        )
+        q = F.linear(first, q_proj, q_bias).unflatten(-1, (heads, head))
+        if q_weight is not None:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            q = F.layer_norm(q.to(wide), (head,), q_weight.to(wide), None, self.eps).to(dtype)
+        k = F.linear(normed, k_proj).unflatten(-1, (heads, head))
+        _, k = ops.rope_qk_norm(None, k, *rope, None, k_weight, order=self.qk_norm or "pre_rope", num_prefix=num_prefix, eps=self.eps)
+        if fold_value:
+            pooled = ops.delta_pool(normed, q, k, scale=head**-0.5)
+            mixed = torch.einsum("bhc,hdc->bhd", pooled, v_proj.unflatten(0, (heads, head))) + v_bias.view(heads, head)
+            mixed = mixed[:, None]
+        else:
+            v = F.linear(normed, v_proj, v_bias).unflatten(-1, (heads, head))
+            mixed = attend(q[:, None], k, v, backend=self.attention)
+        gate = None
+        if self.gated:
+            gate_weight, gate_bias = self.packed("gate", (self.attn_gate.weight, self.attn_gate.bias), dtype, lambda *p: p)
+            gate = F.linear(first, gate_weight, gate_bias)[:, None]
+        return self._output(mixed.to(dtype), gate, scale, dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm block: norm1, attention, layer_scale1, residual; norm2, mlp, layer_scale2, residual.
+
+    Args:
+        width, heads, hidden: D, attention heads, and the MLP's hidden size.
+        swiglu: gated MLP instead of GELU.
+        qk_norm: None, "pre_rope" or "post_rope".
+        gated: head gate.
+        layer_scale_init: initial LayerScale.
+        eps: of every LayerNorm.
+        attention: backend of :func:`deltakern.nn.attend.attend`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        swiglu: bool = False,
+        qk_norm: str | None = None,
+        gated: bool = False,
+        layer_scale_init: float = 1.0,
+        eps: float = 1e-5,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = SelfAttention(width, heads, qk_norm=qk_norm, gated=gated, eps=eps, attention=attention)
+        self.layer_scale1 = LayerScale(width, layer_scale_init)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = SwiGLU(width, hidden) if swiglu else MLP(width, hidden)
+        self.layer_scale2 = LayerScale(width, layer_scale_init)
+
+    def _scales(self) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """For each branch (folded into its projection, left to the residual): exactly one of the two is the LayerScale."""
+        scales = self.layer_scale1.lambda1, self.layer_scale2.lambda1
+        fold = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
+        return tuple((s, None) if fold else (None, s) for s in scales)
+
+    def forward(
+        self,
+        entry: Residual | Assembly,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        *,
+        num_prefix: int,
+        rows: str = "all",
+        fold_value: bool = True,
+    ) -> Residual:
+        """One block.
+
+        Args:
+            entry: the stream and the branch that the block before left to add, or what the first block assembles.
+            rope: cosines and sines (N,d).
+            num_prefix: leading tokens that do not rotate.
+            rows: which rows of the stream go on: "all", "first" (row 0) or "rest" (all but row 0). The others are used as
+                keys and values and not computed further.
+            fold_value: with rows="first", see :meth:`SelfAttention.first_row`.
+
+        Returns:
+            The stream and the MLP's branch.
+        """
+        dtype = compute_dtype(self.norm1.weight.device.type, self.norm1.weight.dtype)
+        (fold1, left1), (fold2, left2) = self._scales()
+        stream, normed = add_and_norm(entry, self.norm1, dtype)
+        if rows == "first":
+            branch = self.attention.first_row(normed, rope, num_prefix=num_prefix, fold_value=fold_value, scale=fold1)
+            stream = stream[:, :1]
+        else:
+            skip = 1 if rows == "rest" else 0
+            branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1)
+            stream = stream[:, skip:]
+        stream, normed = add_and_norm(Residual(stream, branch, left1), self.norm2, dtype)
+        # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
+        return Residual(stream, self.mlp(normed, fold2), None if left2 is None else left2.clone())

@@ -1,0 +1,87 @@
+"""Several parameters seen as one tensor: packed projections, LayerScale folded into a projection, the cast to the compute dtype.
+
+Parameters keep their released names and stay ordinary; what is packed is derived. While gradients flow, or under
+torch.compile, it is derived anew at every call, inside the graph. Without gradients it is derived once and kept until a
+parameter changes: another version counter, storage, dtype or device, a load_state_dict, a move, or a switch between training
+and evaluation. (A write through ``parameter.data`` in evaluation mode is invisible to version counters: call
+:func:`forget_packed` after one.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compute_dtype(device_type: str, parameter_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of matrix products here: autocast's where it is on (never for float64 parameters), else the parameters'."""
+    if parameter_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return parameter_dtype
+
+
+def _stamp(parameters: Sequence[torch.Tensor | None]) -> tuple[Any, ...] | None:
+    """What changes when a parameter does; None where it cannot be known (inference tensors count no versions)."""
+    if any(p is not None and p.is_inference() for p in parameters):
+        return None
+    return tuple(None if p is None else (p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+
+
+class PackedModule(nn.Module):
+    """A module that keeps tensors derived from its parameters. They are no part of its state, its copies or its pickles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed: dict[str, tuple[Any, tuple[torch.Tensor | None, ...]]] = {}
+
+    def packed(
+        self,
+        name: str,
+        parameters: Sequence[torch.Tensor | None],
+        dtype: torch.dtype,
+        build: Callable[..., tuple[torch.Tensor | None, ...]],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """``build(*parameters)`` cast to ``dtype``, from the cache where that is exact."""
+        needs_grad = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
+        if needs_grad or torch.compiler.is_compiling():
+            return _build(parameters, dtype, build)
+        stamp = _stamp(parameters)
+        if stamp is None:
+            return _build(parameters, dtype, build)
+        key = (stamp, dtype)
+        kept = self._packed.get(name)
+        if kept is None or kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = (key, _build(parameters, dtype, build))
+            self._packed[name] = kept
+        return kept[1]
+
+    def train(self, mode: bool = True) -> PackedModule:
+        if mode != self.training:
+            self._packed.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedModule:
+        self._packed.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": {}}
+
+
+def _build(parameters, dtype, build) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if t is None else t.to(dtype) for t in build(*parameters))
+
+
+def forget_packed(module: nn.Module) -> None:
+    """Drops every packed tensor below ``module``; needed only after writes through ``parameter.data`` in evaluation mode."""
+    for child in module.modules():
+        if isinstance(child, PackedModule):
+            child._packed.clear()
