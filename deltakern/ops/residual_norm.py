@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from deltakern import backend
-from deltakern.ops import _validate
+from deltakern.ops import _triton, _validate
 
 
 def residual_norm_reference(
@@ -65,7 +66,82 @@ def _check(stream, branch, scale, weight, bias) -> None:
     _validate.one_device(op, **tensors)
 
 
-@backend.op(reference=residual_norm_reference, facts=_facts)
+def _forward_fake(stream, branch, scale, weight, bias, eps, out_dtype):
+    total = stream.new_empty(stream.shape)
+    if weight is None:
+        return total, stream.new_empty(0, dtype=out_dtype), stream.new_empty(0, dtype=torch.float32)
+    statistics = stream.new_empty((2, stream[..., 0].numel()), dtype=torch.float32)
+    return total, stream.new_empty(stream.shape, dtype=out_dtype), statistics
+
+
+_forward = _triton.define(
+    "residual_norm_forward(Tensor stream, Tensor branch, Tensor? scale, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    module="residual_norm",
+    fake=_forward_fake,
+)
+
+
+def _backward_fake(total, branch, scale, weight, statistics, d_total, d_normed, want_stream, want_branch, want_scale, want_weight):
+    return (
+        total.new_empty(total.shape if want_stream else 0),
+        branch.new_empty(branch.shape if want_branch else 0),
+        total.new_empty((3, total.shape[-1]), dtype=torch.float32),
+    )
+
+
+_backward = _triton.define(
+    "residual_norm_backward(Tensor total, Tensor branch, Tensor? scale, Tensor? weight, Tensor statistics, Tensor? d_total,"
+    " Tensor? d_normed, bool want_stream, bool want_branch, bool want_scale, bool want_weight) -> (Tensor, Tensor, Tensor)",
+    module="residual_norm",
+    fake=_backward_fake,
+)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, stream, branch, scale, weight, bias, eps, out_dtype):
+        total, normed, statistics = _forward(stream, branch, scale, weight, bias, eps, out_dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, branch, scale, weight, statistics)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return total, None if weight is None else normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total, d_normed):
+        total, branch, scale, weight, statistics = ctx.saved_tensors
+        want_stream, want_branch, want_scale, want_weight, want_bias, _, _ = ctx.needs_input_grad
+        if d_total is None and d_normed is None:
+            return (None,) * 7
+        # The branch's gradient is the stream's where no scale stands between them and the dtypes agree, and the stream's is
+        # the incoming one where nothing was normed: one tensor then serves for both, as in torch's own addition.
+        passed = d_total if d_normed is None else None
+        shared = scale is None and branch.dtype == total.dtype
+        kernel_stream = passed is None and (want_stream or (want_branch and shared))
+        kernel_branch = want_branch and not shared
+        want_scale = want_scale and scale is not None
+        want_affine = (want_weight or want_bias) and d_normed is not None
+        d_stream, d_branch, sums = passed, None, None
+        if kernel_stream or kernel_branch or want_scale or want_affine:
+            made, d_branch, sums = _backward(
+                total, branch, scale, weight, statistics, d_total, d_normed, kernel_stream, kernel_branch, want_scale, want_affine
+            )
+            d_stream = made if kernel_stream else passed
+        if want_branch and shared:
+            d_branch = d_stream
+        return (
+            d_stream if want_stream else None,
+            d_branch if want_branch else None,
+            sums[0].to(scale.dtype) if want_scale else None,
+            sums[1].to(weight.dtype) if want_affine and want_weight else None,
+            sums[2].to(ctx.bias_dtype) if want_affine and want_bias else None,
+            None,
+            None,
+        )
+
+
+@backend.op(reference=residual_norm_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
 def residual_norm(
     stream: torch.Tensor,
     branch: torch.Tensor,
@@ -91,5 +167,10 @@ def residual_norm(
         ValueError: shapes, devices. TypeError: dtypes.
     """
     _check(stream, branch, scale, weight, bias)
-    backend.choose(residual_norm, impl, _facts(stream, branch, scale, weight, bias))
+    if backend.choose(residual_norm, impl, _facts(stream, branch, scale, weight, bias)) == "triton":
+        out_dtype = out_dtype or stream.dtype
+        if _triton.needs_grad(stream, branch, scale, weight, bias):
+            return _ResidualNorm.apply(stream, branch, scale, weight, bias, eps, out_dtype)
+        total, normed, _ = _forward(stream, branch, scale, weight, bias, eps, out_dtype)
+        return total, None if weight is None else normed
     return residual_norm_reference(stream, branch, scale, weight, bias, eps=eps, out_dtype=out_dtype)

@@ -1,0 +1,157 @@
+"""What the Triton ops share on the host: the library they register in, the one place that starts kernels, row views.
+
+Importing this module does not import Triton: kernels live in ``deltakern/ops/kernels``, imported by the first call that runs one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from deltakern.ops.kernels.tiles import Tile
+
+LIBRARY = torch.library.Library("deltakern", "FRAGMENT")
+"""Every low-level op is ``torch.ops.deltakern.<name>``."""
+
+
+@functools.cache
+def _kernels(module: str) -> Any:
+    return importlib.import_module(f"deltakern.ops.kernels.{module}")
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, raising where autograd is recording: a library op has no formula, and torch would drop its gradient in silence."""
+
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument in args:
+                if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                    raise RuntimeError(f"torch.ops.deltakern.{name} has no gradient of its own: call the public op in deltakern.ops")
+        return function(*args)
+
+    return run
+
+
+def define(schema: str, *, module: str, fake: Callable[..., Any]) -> Any:
+    """Registers a low-level op whose implementation is the launcher of the same name in ``deltakern/ops/kernels/<module>.py``.
+
+    The launcher is imported by the first call. It takes the schema's arguments in order, returns new tensors and never
+    writes into an argument. Gradients belong to the ``autograd.Function`` that calls the op; a recorded direct call raises.
+
+    Args:
+        schema: as for ``torch.library.define``, ``"name(Tensor x, ...) -> Tensor"``.
+        module: file name, without ``.py``, in ``deltakern/ops/kernels``.
+        fake: takes the same arguments, returns empty tensors of the shapes, dtypes and strides that the launcher returns.
+
+    Returns:
+        The overload to call.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def launcher(*args: Any) -> Any:
+        return getattr(_kernels(module), name)(*args)
+
+    run = _guarded(name, launcher)
+    LIBRARY.impl(name, run, "CPU")
+    LIBRARY.impl(name, run, "CUDA")
+    torch.library.register_fake(f"deltakern::{name}", _guarded(name, fake), lib=LIBRARY)
+    return getattr(torch.ops.deltakern, name).default
+
+
+_counters: list[Counter[str]] = []
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, **constexprs: Any) -> None:
+    """Starts a kernel: every launch of the package goes through here. An empty grid starts nothing.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        grid: number of programs along each axis.
+        tile: gives ``num_warps`` and ``num_stages``; its sizes are passed by the caller as the kernel's constants.
+        args: the kernel's run-time arguments, positional, a tensor first.
+        constexprs: its compile-time arguments.
+    """
+    if 0 in grid:
+        return
+    for counter in _counters:
+        counter[kernel.__name__] += 1
+    device = args[0].device
+    # Triton launches on the current device, whatever the tensors are on
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](*args, **constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+@contextlib.contextmanager
+def count_launches() -> Iterator[Counter[str]]:
+    """Counts the kernels started within the context, by name."""
+    counter: Counter[str] = Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.remove(counter)
+
+
+@functools.cache
+def _properties(index: int) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(index)
+    return 10 * found.major + found.minor, found.multi_processor_count
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90; 0 where the interpreter runs."""
+    return _properties(device.index)[0] if device.type == "cuda" else 0
+
+
+def programs(device: torch.device, tile: Tile, tiles: int) -> int:
+    """How many programs share ``tiles`` of work when each keeps a partial sum: fixed for a device and a shape.
+
+    The interpreter takes three, so that both the loop inside a program and the sum over programs have several terms.
+    """
+    most = tile.per_processor * _properties(device.index)[1] if device.type == "cuda" else 3
+    return max(1, min(most, tiles))
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` (..., D) as (outer, inner, D) with unit stride in D: a view where one exists, else a contiguous copy.
+
+    Two strides are enough for a slice of a bigger tensor, such as ``x[:, 1:]`` of (B,L,D). ``inner`` is always the last
+    dimension but one, so tensors of one shape give views of one shape.
+    """
+    width = tensor.shape[-1]
+    inner = tensor.shape[-2] if tensor.ndim > 1 else 1
+    if tensor.stride(-1) != 1 and width > 1:
+        tensor = tensor.contiguous()
+    if tensor.ndim == 3:
+        return tensor
+    outer = tensor.numel() // max(1, inner * width)
+    return tensor.reshape(outer, inner, width)
+
+
+def segments(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of one shape as (S, M) views with unit stride in M, M as large as every tensor allows; a copy where none does."""
+    first = tensors[0]
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(1, -1) for t in tensors]
+    for split in range(1, first.ndim):
+        size = first.shape[:split].numel()
+        try:
+            views = [t.view(size, -1) for t in tensors]
+        except RuntimeError:  # no view of that shape
+            continue
+        if all(v.stride(1) == 1 for v in views):
+            return views
+    return [t.contiguous().view(1, -1) for t in tensors]

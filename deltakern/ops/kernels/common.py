@@ -1,0 +1,39 @@
+"""Device functions that several kernels share. Everything is float32: callers cast after the load and before the store."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_offsets(row, inner, outer_stride, inner_stride):
+    """Offset of each row of an (outer, inner, D) view, in int64, from its flat int32 number."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def load_rows(pointer, offsets, column, mask):
+    """A (ROWS, BLOCK) tile in float32, zero where masked; the columns have unit stride."""
+    return tl.load(pointer + offsets[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(pointer, offsets, column, value, mask):
+    tl.store(pointer + offsets[:, None] + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_statistics(x, inside, eps, WIDTH: tl.constexpr):
+    """Mean and reciprocal deviation of the rows of ``x`` (ROWS, BLOCK), zero outside ``inside``. Two passes over registers:
+    the variance is that of the centred row, so a large mean costs no digits."""
+    mean = tl.sum(x, axis=1) / WIDTH
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / WIDTH
+    return mean, 1.0 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def norm_backward(g, xhat, rstd, WIDTH: tl.constexpr):
+    """Gradient of the rows before a LayerNorm; ``g`` is the output's gradient times the weight, zero outside the row."""
+    along = tl.sum(g * xhat, axis=1) / WIDTH
+    mean = tl.sum(g, axis=1) / WIDTH
+    return rstd[:, None] * (g - mean[:, None] - xhat * along[:, None])

@@ -1,0 +1,80 @@
+"""Launch sizes: one table, a function of (kernel, width, dtype, architecture). Imports nothing but torch, so that it can be read anywhere.
+
+There is no tuning at run time. A row whose ``architecture`` or ``dtype`` is set is a measured exception and stands before the
+general one; the first row that fits is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """What one program takes at a time: ``rows`` rows of ``block`` columns, a power of two.
+
+    ``per_processor`` is how many programs a streaming multiprocessor is given by kernels that keep partial sums and walk
+    over their rows; the others start one program a tile.
+    """
+
+    rows: int
+    block: int
+    num_warps: int
+    num_stages: int
+    per_processor: int
+
+
+class Row(NamedTuple):
+    """One line of the table, for widths up to ``up_to``. ``block=None`` is the next power of two of the width."""
+
+    kernel: str
+    up_to: int
+    rows: int
+    block: int | None
+    num_warps: int
+    num_stages: int = 1
+    per_processor: int = 4
+    dtype: torch.dtype | None = None
+    architecture: int | None = None
+
+
+WIDEST = 1 << 62
+
+# Row kernels: about a thousand columns a tile and four warps, so that a thread holds 8 to 16 elements of an array and loads
+# 16 bytes at a time; rows up to 8192 channels stay in registers by adding warps. 768 channels fill three quarters of 1024
+# lanes: the last warp's loads are masked off, which costs issue slots and no bandwidth.
+TABLE: tuple[Row, ...] = (
+    Row("residual_norm_forward", 256, 8, None, 4),
+    Row("residual_norm_forward", 512, 4, None, 4),
+    Row("residual_norm_forward", 1024, 2, None, 4),
+    Row("residual_norm_forward", 2048, 1, None, 4),
+    Row("residual_norm_forward", 4096, 1, None, 8),
+    Row("residual_norm_forward", 8192, 1, None, 16),
+    Row("residual_norm_backward", 256, 8, None, 4),
+    Row("residual_norm_backward", 512, 4, None, 4),
+    Row("residual_norm_backward", 1024, 2, None, 4),
+    Row("residual_norm_backward", 2048, 1, None, 8),
+    Row("residual_norm_backward", 4096, 1, None, 16),
+    Row("residual_norm_backward", 8192, 1, None, 32),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def tile(kernel: str, width: int, dtype: torch.dtype, architecture: int) -> Tile:
+    """The launch sizes of ``kernel`` for rows of ``width`` channels.
+
+    Raises:
+        KeyError: the table has no line for it.
+    """
+    for row in TABLE:
+        if (
+            row.kernel == kernel
+            and width <= row.up_to
+            and row.dtype in (None, dtype)
+            and row.architecture in (None, architecture)
+        ):
+            block = row.block or 1 << max(0, width - 1).bit_length()
+            return Tile(row.rows, block, row.num_warps, row.num_stages, row.per_processor)
+    raise KeyError(f"no launch sizes for {kernel} at width {width}, {dtype}, architecture {architecture}")

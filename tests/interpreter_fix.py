@@ -1,0 +1,89 @@
+"""Repairs of Triton's CPU interpreter (3.6 to 3.9), for tests alone.
+
+Unrepaired it truncates float32 to bfloat16 instead of rounding to nearest even, and computes on the raw bits of bfloat16
+without a word. Here casts round as the hardware does, ``tl.dot`` takes bfloat16 operands exactly (products of two bfloat16
+are exact in float32), and any other arithmetic on bfloat16 raises: kernels compute in float32 after the load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The bits, as uint16, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(values.shape)
+
+
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
+
+
+def install() -> None:
+    """Patches the interpreter in this process. Triton must be imported with TRITON_INTERPRET=1."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    handle, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+
+    def is_bfloat16(value: Any) -> bool:
+        return isinstance(value, handle) and value.dtype.scalar == tl.bfloat16
+
+    convert = interpreter._convert_float
+
+    def convert_float(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            return float32_to_bfloat16(data)
+        if source == tl.bfloat16 and target == tl.float32:
+            return bfloat16_to_float32(data).view(np.uint32)
+        return convert(data, source, target, rounding)
+
+    interpreter._convert_float = convert_float
+
+    def refuse_bfloat16(name: str) -> None:
+        original = getattr(builder, name)
+
+        def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(map(is_bfloat16, args)):
+                raise TypeError("arithmetic on bfloat16: the interpreter works on its raw bits; cast to float32 after the load")
+            return original(self, *args, **kwargs)
+
+        setattr(builder, name, checked)
+
+    refuse_bfloat16("binary_op")
+    refuse_bfloat16("unary_op")
+
+    reduce = interpreter.ReduceOps.apply_impl
+
+    def checked_reduce(self: Any, inputs: Any) -> Any:
+        if any(is_bfloat16(t.handle) for t in inputs):
+            raise TypeError("a reduction of bfloat16: the interpreter works on its raw bits; cast to float32 after the load")
+        return reduce(self, inputs)
+
+    interpreter.ReduceOps.apply_impl = checked_reduce
+
+    def widened(value: Any) -> Any:
+        return handle(bfloat16_to_float32(value.data), tl.float32) if is_bfloat16(value) else value
+
+    dot = builder.create_dot
+    builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+
+    # numpy >= 2.4 no longer turns an array of one element into an int, which 3.6 does for the bounds of a range
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+
+        def index(self: Any) -> int:
+            return int(np.asarray(self.handle.data).reshape(-1)[0])
+
+        if scope and hasattr(scope[0], "set_attr"):
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
