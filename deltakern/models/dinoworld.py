@@ -77,17 +77,15 @@ class DINOWorld(World):
     def _angles(self, frames: torch.Tensor, time: torch.Tensor) -> list[torch.Tensor]:
         """Angles of the three axes at every patch of frames at the given times (B,T): time (B,T,1,a), x and y (1,1,N,a)."""
         rows, columns = (size // self.backbone.patch_size for size in frames.shape[-2:])
-        y, x = torch.meshgrid(*(torch.linspace(-1, 1, n, device=frames.device) for n in (rows, columns)), indexing="ij")
-        sizes = self.rope_axis_sizes
-        return [
-            axis_angles(time, sizes[0])[:, :, None],
-            *(axis_angles(p.flatten(), s)[None, None] for p, s in ((x, sizes[1]), (y, sizes[2]))),
-        ]
+        lines = (torch.linspace(-1, 1, n, device=frames.device) for n in (rows, columns))
+        y, x = (grid.flatten()[None, None] for grid in torch.meshgrid(*lines, indexing="ij"))
+        time_size, x_size, y_size = self.rope_axis_sizes
+        return [axis_angles(time, time_size)[:, :, None], axis_angles(x, x_size), axis_angles(y, y_size)]
 
     def _rotate(self, frames: torch.Tensor, time: torch.Tensor):
         """Rotation of keys (B,T*N,H,d) of frames at times (B,T)."""
         angles = [a[..., None, :] for a in self._angles(frames, time)]
-        return lambda k: rotate_axes(k.unflatten(1, (time.shape[1], -1)), angles).flatten(1, 2)
+        return lambda k: rotate_axes(k.unflatten(1, (time.shape[1], angles[1].shape[2])), angles).flatten(1, 2)
 
     def _rotated_queries(self, q: torch.Tensor, frames: torch.Tensor, time: torch.Tensor, candidates: int) -> torch.Tensor:
         """(B,G*K*N,H,d) queries of G frames at times (B,G), K candidates each, to rotated (B,G,K*N,H,d)."""
@@ -147,17 +145,11 @@ class DINOWorld(World):
         cached, own_kv = state["context"], state["own_kv"]
         if cached is None or not self.savings.context_cache:
             cached = self.predictor.keys_values(tokens, self._rotate(frames, timestamps[:, :context]))
-            own_kv = None if not generated else self.predictor.keys_values(own, self._rotate(frames, times[:, context:tgt_frame_idx]))
+            own_kv = self.predictor.keys_values(own, self._rotate(frames, times[:, context:tgt_frame_idx]))
         elif generated:
             fresh = self.predictor.keys_values(own[:, -patches:], self._rotate(frames, times[:, tgt_frame_idx - 1 : tgt_frame_idx]))
-            own_kv = (
-                fresh
-                if own_kv is None
-                else [tuple(torch.cat(p, 1) for p in zip(a, b, strict=True)) for a, b in zip(own_kv, fresh, strict=True)]
-            )
-        memory = [tuple(t[:, None].expand(-1, samples, -1, -1, -1).flatten(0, 1) for t in kv) for kv in cached]
-        if own_kv is not None:
-            memory = [tuple(torch.cat(p, 1) for p in zip(a, b, strict=True)) for a, b in zip(memory, own_kv, strict=True)]
+            own_kv = _behind(own_kv, fresh)
+        memory = _behind([tuple(t.repeat_interleave(samples, 0) for t in kv) for kv in cached], own_kv)
         q_time = times[:, tgt_frame_idx : tgt_frame_idx + 1]
         q = self._step_queries(batch, queries, tokens, generator).flatten(0, 1)[:, None].expand(-1, patches, -1)
 
@@ -168,3 +160,8 @@ class DINOWorld(World):
         appended = torch.cat((own, features.detach().to(own.dtype)), 1)
         state = {**state, "own": appended, "context": cached, "own_kv": own_kv}
         return features, state["y"][:, tgt_frame_idx], state
+
+
+def _behind(past, fresh):
+    """Keys and values of every block, those of ``fresh`` behind those of ``past``."""
+    return [tuple(torch.cat(pair, 1) for pair in zip(a, b, strict=True)) for a, b in zip(past, fresh, strict=True)]

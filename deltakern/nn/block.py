@@ -198,7 +198,7 @@ class SelfAttention(PackedModule):
             (B, L - skip, D).
         """
         dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
-        batch, length, width = normed.shape
+        width = normed.shape[-1]
         together = F.linear(normed, *self._input_projection(dtype))
         q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
@@ -224,12 +224,8 @@ class SelfAttention(PackedModule):
         heads, head = self.num_heads, self.head_dim
         first = normed[:, 0]
         q_weight, k_weight = self.norm_weights()
-        q_proj, q_bias, k_proj, v_proj, v_bias = self.packed(
-            "first_row",
-            (self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.v_proj.weight, self.v_proj.bias),
-            dtype,
-            lambda *p: p,
-        )
+        parts = (self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.v_proj.weight, self.v_proj.bias)
+        q_proj, q_bias, k_proj, v_proj, v_bias = self.packed("first_row", parts, dtype, lambda *p: p)
         q = F.linear(first, q_proj, q_bias).unflatten(-1, (heads, head))
         if q_weight is not None:
             wide = torch.promote_types(q.dtype, torch.float32)
