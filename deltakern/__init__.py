@@ -2,12 +2,26 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from deltakern import ops
+from deltakern import models, ops
 from deltakern.backend import BackendError, explain, use_impl
+from deltakern.models import DeltaTok, DeltaWorld, DINOv3, DINOv3Config, DINOWorld, Savings
 
 try:
     __version__ = version("deltakern")  # the one place is pyproject.toml
 except PackageNotFoundError:  # a source tree on sys.path that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["BackendError", "__version__", "explain", "ops", "use_impl"]
+__all__ = [
+    "BackendError",
+    "DINOWorld",
+    "DINOv3",
+    "DINOv3Config",
+    "DeltaTok",
+    "DeltaWorld",
+    "Savings",
+    "__version__",
+    "explain",
+    "models",
+    "ops",
+    "use_impl",
+]

@@ -1,0 +1,51 @@
+"""Imports run one way: cli -> report, demo, doctor -> data, models -> nn -> ops -> backend."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "deltakern"
+# What each room may import of the package, itself included.
+ALLOWED = {
+    "backend": set(),
+    "ops": {"backend", "ops"},
+    "cases": {"backend", "ops", "cases"},
+    "nn": {"backend", "ops", "nn"},
+    "models": {"backend", "ops", "nn", "models"},
+    "data": {"data", "models"},
+    "report": {"backend", "ops", "cases", "nn", "models", "data", "report"},
+    "doctor": {"backend", "ops", "cases", "doctor", "report"},
+    "demo": {"backend", "ops", "nn", "models", "data", "report", "demo"},
+    "cli": {"backend", "ops", "cases", "models", "data", "report", "doctor", "demo", "cli"},
+    "__init__": {"backend", "ops", "models", "nn"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    """Rooms that a file imports, at any depth of the file."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "deltakern" else [node.module]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "deltakern" and len(parts) > 1:
+                rooms.add(parts[1])
+    return rooms
+
+
+def test_imports_run_one_way():
+    seen = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert room in ALLOWED, f"{path.name}: a new room; say in ALLOWED what it may import"
+        seen.add(room)
+        known = {r for r in _imports(path) if (PACKAGE / r).is_dir() or (PACKAGE / f"{r}.py").exists()}
+        extra = known - ALLOWED[room]
+        assert not extra, f"{path.relative_to(PACKAGE)} imports {sorted(extra)}, which its room {room!r} may not"
+    assert {"backend", "ops", "nn", "models"} <= seen
