@@ -1,0 +1,538 @@
+"""Released files, Lightning files and DINOv3 folders: reading, checking, loading into models, writing.
+
+Kinds of file: ``torch.save`` (.bin, .pt, .pth), Lightning (.ckpt, weights under ``state_dict``) and safetensors, told apart by
+their bytes, not their names. Pickles are read with ``weights_only=True``, so that no file can run code. Names lose what
+torch.compile, DDP, FSDP and Lightning put around them (``_orig_mod``, ``module``, ``_fsdp_wrapped_module``,
+``_checkpoint_wrapped_module`` anywhere in the path, ``network.`` in front).
+
+A released DeltaTok file holds the tokenizer without its backbone, a DeltaWorld file the predictor alone; what such a file leaves
+out stays as it is in the model. Everything else must fit exactly, or one :class:`CheckpointError` lists all that does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+RELEASED = {
+    "deltatok": "Amazon-FAR/deltatok-kinetics",
+    "deltaworld": "Amazon-FAR/deltaworld-kinetics",
+    "seg-head-vspw": "Amazon-FAR/seg-head-vspw",
+    "seg-head-cityscapes": "Amazon-FAR/seg-head-cityscapes",
+    "depth-head-kitti": "Amazon-FAR/depth-head-kitti",
+    "rgb-head-imagenet": "Amazon-FAR/rgb-head-imagenet",
+}
+"""Repositories of the released weights on the Hugging Face hub; :func:`read` takes their names."""
+
+_KINDS = {
+    "deltatok": "a DeltaTok tokenizer",
+    "world": "a DeltaWorld or DINO-world predictor",
+    "dinov3": "a DINOv3 backbone",
+    "rgb_head": "an RGB head",
+    "map_head": "a segmentation or depth head",
+    "other": "an unknown model",
+}
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_HEAD = 64  # channels of a head in every released model
+_FOREIGN = (
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"BZh", "a bzip2 archive"),
+    (b"\xfd7zXZ", "an xz archive"),
+    (b"\x28\xb5\x2f\xfd", "a zstandard archive"),
+    (b"version https://git-lfs", "a Git LFS pointer, the file itself was not downloaded"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+)
+
+State = dict[str, torch.Tensor]
+
+
+class CheckpointError(ValueError):
+    """A file that is not a checkpoint, or whose weights do not fit."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        state_dict: tensors on the CPU under clean names, in the file's order.
+        metadata: what the file holds besides (safetensors metadata; a Lightning file's step, epoch, ...).
+        kind: "deltatok", "world" (DeltaWorld's and DINO-world's predictors have the same names), "dinov3", "rgb_head",
+            "map_head" (segmentation and depth heads have the same names) or "other".
+        path: the file, as the errors name it.
+    """
+
+    state_dict: State
+    metadata: dict[str, Any] = field(default_factory=dict)
+    kind: str = "other"
+    path: str = "the state dict"
+
+    @property
+    def qk_norm_order(self) -> str | None:
+        """See :func:`qk_norm_order`."""
+        return qk_norm_order(self.state_dict)
+
+
+class Fit(NamedTuple):
+    """How a checkpoint fitted a model: names ``left`` as they were in the model, ``unknown`` to it, and ``misshaped``."""
+
+    left: list[str]
+    unknown: list[str]
+    misshaped: list[str]
+
+
+def read(source: str | os.PathLike, *, local_files_only: bool = False) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Args:
+        source: a file; a folder that holds ``model.safetensors``, ``pytorch_model.bin`` or a sharded safetensors index; or,
+            where no such path exists, a repository on the Hugging Face hub ("owner/name", needs the extra ``[hf]``).
+        local_files_only: take hub files from the local cache alone.
+
+    Raises:
+        FileNotFoundError: no such file, nor a name that could be a repository.
+        CheckpointError: empty, truncated, not a checkpoint, or holding Python objects that would run code.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = _from_hub(str(source), local_files_only)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file")
+    tensors, metadata = _read_file(path)
+    return _checkpoint(tensors, metadata, str(path))
+
+
+def load_into(module: nn.Module, source: str | os.PathLike | Checkpoint | Mapping[str, torch.Tensor], *, strict: bool = True) -> Fit:
+    """Copies a checkpoint's weights into ``module``, in the module's dtype and device.
+
+    What a released file leaves out stays as it is: the backbone of a tokenizer, the backbone and the tokenizer of a world
+    model (each as a whole). The module may be wrapped by torch.compile, DDP or the like.
+
+    Args:
+        module: a model with the released names.
+        source: a path or hub repository (see :func:`read`), what :func:`read` returned, or a state dict.
+        strict: with False, what does not fit is skipped, and returned.
+
+    Raises:
+        CheckpointError: another model's file; unknown, missing or mis-shaped names (all of them are listed); with
+            ``strict=False``, if nothing fits.
+    """
+    if isinstance(source, Mapping):
+        source = _checkpoint(source, {}, "the state dict")
+    elif not isinstance(source, Checkpoint):
+        source = read(source)
+    target = module.state_dict()
+    names = {_clean(k): k for k in target}
+    shapes = {k: tuple(target[v].shape) for k, v in names.items()}
+    wanted = _kind(names)
+    if strict and wanted != source.kind and "other" not in (wanted, source.kind):
+        raise CheckpointError(f"{source.path}: this is {_KINDS[source.kind]}, expected {_KINDS[wanted]} ({type(module).__name__})")
+
+    given = source.state_dict
+    absent = _left_out(names, given, wanted)
+    unknown = [k for k in given if k not in names]
+    missing = [k for k in names if k not in given and k not in absent]
+    misshaped = [k for k, v in given.items() if k in names and not _fits(v, target[names[k]])]
+    if strict and (unknown or missing or misshaped):
+        raise CheckpointError(_misfit(module, source, shapes, unknown, missing, misshaped, wanted))
+    usable = {names[k]: v for k, v in given.items() if k in names and k not in misshaped}
+    if not usable:
+        raise CheckpointError(f"{source.path}: {_KINDS[source.kind]}, of which nothing fits {type(module).__name__}")
+    module.load_state_dict(usable, strict=False)
+    return Fit([k for k in names if names[k] not in usable], unknown, misshaped)
+
+
+def save(source: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a model's weights in the released layout, or a state dict as it is.
+
+    A tokenizer is written without its backbone, a world model without backbone and tokenizer. The file is written under
+    another name beside ``path`` and renamed when complete, so that ``path`` is never half a file.
+
+    Args:
+        source: a model, wrapped or not, or tensors by name.
+        path: .safetensors; .bin, .pt, .pth (``torch.save`` of the names and tensors); .ckpt (the same under ``state_dict``).
+        metadata: strings to store in a safetensors file; :attr:`Checkpoint.metadata` of one that was read gives the same bytes.
+
+    Raises:
+        ValueError: another suffix, metadata for a file that holds none, values that are not tensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" and path.suffix not in _TORCH_SUFFIXES:
+        raise ValueError(f"path must end in .safetensors or one of {_TORCH_SUFFIXES}, got {path.name!r}")
+    if metadata and path.suffix != ".safetensors":
+        raise ValueError(f"metadata is stored in .safetensors files alone, got {path.name!r}")
+    tensors = _released_layout(source) if isinstance(source, nn.Module) else dict(source)
+    strangers = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor)]
+    if strangers:
+        raise ValueError(f"source must map names to tensors, got {type(tensors[strangers[0]]).__name__} under {strangers[0]!r}")
+    # Own memory for every tensor: safetensors refuses shared storage, and torch.save would write the whole of a view's.
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            if path.suffix == ".safetensors":
+                file.write(_safetensors_bytes(tensors, dict(metadata or {})))
+            else:
+                torch.save({"state_dict": tensors} if path.suffix == ".ckpt" else tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def qk_norm_order(state_dict: Iterable[str]) -> str | None:
+    """Where QK-norm stands, by the names: "post_rope" (``q_norm``), "pre_rope" (``q_norm_prerope``), None without QK-norm.
+
+    Raises:
+        CheckpointError: both names occur.
+    """
+    parts = {part for key in state_dict for part in key.split(".")}
+    post, pre = bool(parts & {"q_norm", "k_norm"}), bool(parts & {"q_norm_prerope", "k_norm_prerope"})
+    if post and pre:
+        raise CheckpointError("the names hold QK-norm both before RoPE (q_norm_prerope, k_norm_prerope) and after it (q_norm, k_norm)")
+    return "post_rope" if post else "pre_rope" if pre else None
+
+
+def infer_deltatok_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Arguments with which :class:`deltakern.DeltaTok` has exactly these weights.
+
+    ``use_delta`` changes no weight and is not among them. ``intermediate_size`` is the least that gives the MLP's size.
+
+    Raises:
+        CheckpointError: not a tokenizer, or encoder and decoder differ in depth.
+    """
+    if _kind(state_dict) != "deltatok":
+        raise CheckpointError(f"expected the weights of {_KINDS['deltatok']}, got {_KINDS[_kind(state_dict)]}")
+    depth = _depth(state_dict, "encoder_blocks.")
+    if depth == 0 or depth != _depth(state_dict, "decoder_blocks."):
+        raise CheckpointError(f"a tokenizer has as many encoder as decoder blocks, got {depth} and {_depth(state_dict, 'decoder_blocks.')}")
+    names = set(state_dict)
+    swiglu = "encoder_blocks.0.mlp.gate_proj.weight" in names
+    hidden = _size(state_dict, "encoder_blocks.0.mlp.up_proj.weight", 0)
+    order = qk_norm_order(names)
+    return {
+        "num_hidden_layers": depth,
+        "use_qk_norm": order is not None,
+        "use_gated_attn": "encoder_blocks.0.attention.attn_gate.weight" in names,
+        "use_swiglu": swiglu,
+        "intermediate_size": (3 * hidden + 1) // 2 if swiglu else hidden,
+        **({"qk_norm_order": order} if order else {}),
+    }
+
+
+def infer_deltaworld_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Arguments with which :class:`deltakern.DeltaWorld` (or DINOWorld) has exactly these weights, for heads of 64 channels.
+
+    Raises:
+        CheckpointError: no ``predictor.*`` in it.
+    """
+    if _kind(state_dict) != "world":
+        raise CheckpointError(f"expected the weights of {_KINDS['world']}, got {_KINDS[_kind(state_dict)]}")
+    width = _size(state_dict, "predictor.blocks.0.attention.q_proj.weight", 0)
+    return {
+        "predictor_hidden_size": width,
+        "predictor_num_hidden_layers": _depth(state_dict, "predictor.blocks."),
+        "predictor_num_heads": max(1, width // _HEAD),
+        "use_bom": "q_embed.weight" not in state_dict,
+        "mlp_ratio": _size(state_dict, "predictor.blocks.0.mlp.up_proj.weight", 0) // width,
+    }
+
+
+def infer_backbone_shape(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """``hidden_size`` and ``num_heads`` (of 64 channels) of the backbone that a tokenizer's or world model's weights were made for.
+
+    Raises:
+        CheckpointError: weights of neither.
+    """
+    kind = _kind(state_dict)
+    if kind not in ("deltatok", "world"):
+        raise CheckpointError(f"expected the weights of {_KINDS['deltatok']} or {_KINDS['world']}, got {_KINDS[kind]}")
+    key = "z_embed.weight" if kind == "deltatok" else "predictor.blocks.0.attention.kv_proj.weight"
+    width = _size(state_dict, key, 1)
+    return {"hidden_size": width, "num_heads": max(1, width // _HEAD)}
+
+
+def read_dinov3(folder_or_repo_id: str | os.PathLike, *, local_files_only: bool = False) -> tuple[dict[str, Any], State]:
+    """Config and weights of a DINOv3 ViT in Hugging Face's layout, from a folder or from the hub (extra ``[hf]``).
+
+    Args:
+        folder_or_repo_id: folder with ``config.json`` and weights (one file or a sharded index), or "owner/name".
+        local_files_only: take hub files from the local cache alone.
+
+    Returns:
+        ``config.json``, with ``image_mean`` and ``image_std`` of ``preprocessor_config.json`` where there is one, and the weights
+        under this package's names (:func:`dinov3_names`).
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repository's name.
+        CheckpointError: files missing or damaged, another model, the licence not accepted, ``huggingface_hub`` not installed.
+    """
+    folder = Path(folder_or_repo_id)
+    if not folder.exists():
+        folder = _from_hub(str(folder_or_repo_id), local_files_only)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected the folder that holds config.json and the weights, got a file")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json, which says how the backbone is built")
+    config = _json(folder / "config.json")
+    if (folder / "preprocessor_config.json").is_file():
+        pixels = _json(folder / "preprocessor_config.json")
+        config = {**{k: pixels[k] for k in ("image_mean", "image_std") if k in pixels}, **config}
+    found = _read_folder(folder)
+    if found.kind != "dinov3":
+        raise CheckpointError(f"{found.path}: this is {_KINDS[found.kind]}, expected {_KINDS['dinov3']}")
+    return config, dinov3_names(found.state_dict)
+
+
+def dinov3_names(state_dict: Mapping[str, torch.Tensor]) -> State:
+    """DINOv3 weights under the names of :class:`deltakern.DINOv3`, from either layout of transformers.
+
+    ``layer.N.*`` and ``model.layer.N.*``, with ``backbone.`` in front or not, become ``backbone.model.layer.N.*``; the other names
+    only get their ``backbone.``.
+    """
+    bare = {k.removeprefix("backbone."): v for k, v in state_dict.items()}
+    return {f"backbone.{'model.' if k.startswith('layer.') else ''}{k}": v for k, v in bare.items()}
+
+
+def _checkpoint(tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any], path: str) -> Checkpoint:
+    strangers = [k for k, v in tensors.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
+    if strangers or not tensors:
+        what = f"{strangers[0]!r} is {type(tensors[strangers[0]]).__name__}" if strangers else "it is empty"
+        raise CheckpointError(f"{path}: not a checkpoint: expected tensors by name, but {what}")
+    clean = {_clean(k): k for k in tensors}
+    if len(clean) != len(tensors):
+        twice = sorted({k for k in tensors if clean[_clean(k)] != k})
+        raise CheckpointError(f"{path}: names that are the same once wrappers' prefixes are gone: {', '.join(map(_clean, twice))}")
+    if any(k.startswith("network.") for k in clean):  # a whole training module: its metrics and task heads are not the network
+        clean = {k: v for k, v in clean.items() if not k.startswith(("task_heads.", "metrics."))}
+        clean = {k.removeprefix("network."): v for k, v in clean.items()}
+    return Checkpoint({k: tensors[v] for k, v in clean.items()}, metadata, _kind(clean), path)
+
+
+def _clean(key: str) -> str:
+    key = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+    return re.sub(r"(^|\.)backbone\.layer\.(?=\d)", r"\1backbone.model.layer.", key)
+
+
+def _kind(names: Iterable[str]) -> str:
+    names = set(names)
+    if any(k.startswith("predictor.") for k in names):
+        return "world"
+    if any(k == "z_embed.weight" or k.startswith(("encoder_blocks.", "decoder_blocks.")) for k in names):
+        return "deltatok"
+    if any(k.endswith("embeddings.patch_embeddings.weight") for k in names):
+        return "dinov3"
+    if "decoder_embed.weight" in names:
+        return "rgb_head"
+    return "map_head" if {"bn.weight", "head.weight"} <= names else "other"
+
+
+def _group(key: str, kind: str) -> str | None:
+    """The part that a released file of this kind may leave out, to which a name belongs."""
+    if kind == "world":
+        if key.startswith(("backbone.", "tokenizer.backbone.")):
+            return key[: key.index("backbone.")] + "backbone"
+        return "tokenizer" if key.startswith("tokenizer.") else None
+    if kind == "deltatok":
+        return "backbone" if key.startswith("backbone.") else None
+    # A fixed table, rebuilt from its formula where a file lacks it.
+    return key if kind == "rgb_head" and key == "decoder_pos_embed" else None
+
+
+def _left_out(names: Iterable[str], given: Iterable[str], kind: str) -> set[str]:
+    present = {_group(k, kind) for k in given}
+    return {k for k in names if (group := _group(k, kind)) is not None and group not in present}
+
+
+def _released_layout(module: nn.Module) -> State:
+    state = {_clean(k): v for k, v in module.state_dict().items()}
+    kind = _kind(state)
+    return {k: v for k, v in state.items() if kind not in ("deltatok", "world") or _group(k, kind) is None}
+
+
+def _fits(value: torch.Tensor, place: torch.Tensor) -> bool:
+    return value.shape == place.shape and value.is_floating_point() == place.is_floating_point()
+
+
+def _misfit(module, source: Checkpoint, shapes, unknown, missing, misshaped, wanted) -> str:
+    def described(key: str) -> str:
+        value = source.state_dict[key]
+        return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else f" {str(value.dtype).removeprefix('torch.')}")
+
+    lines = [f"{source.path} does not fit {type(module).__name__}:"]
+    lines += [f"  missing ({len(missing)}):", *(f"    {k} {shapes[k]}" for k in missing)] if missing else []
+    lines += [f"  unknown ({len(unknown)}):", *(f"    {k} {described(k)}" for k in unknown)] if unknown else []
+    if misshaped:
+        lines += [f"  mis-shaped ({len(misshaped)}):", *(f"    {k}: file {described(k)}, model {shapes[k]}" for k in misshaped)]
+    infer = {"deltatok": infer_deltatok_config, "world": infer_deltaworld_config}.get(wanted)
+    if infer is not None:
+        try:
+            theirs, ours = infer(source.state_dict), infer({_clean(k): v for k, v in module.state_dict().items()})
+        except CheckpointError:  # too little of the model is there to say more
+            theirs = ours = {}
+        differ = [f"{k}={v!r}" for k, v in theirs.items() if ours.get(k) != v]
+        lines += [f"  the file was made with {', '.join(differ)}"] if differ else []
+    return "\n".join(lines)
+
+
+def _depth(names: Iterable[str], prefix: str) -> int:
+    return len({k.removeprefix(prefix).partition(".")[0] for k in names if k.startswith(prefix)})
+
+
+def _size(state_dict: Mapping[str, torch.Tensor], key: str, axis: int) -> int:
+    if key not in state_dict or state_dict[key].ndim != 2:
+        raise CheckpointError(f"expected the matrix {key}, got {'another shape' if key in state_dict else 'no such name'}")
+    return state_dict[key].shape[axis]
+
+
+def _read_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Tensors by name, as the file has them, and what else it holds."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        raise CheckpointError(f"{path}: the file is empty")
+    if start[8:9] == b"{":  # safetensors: the header's length in 8 bytes, then JSON
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+            with open(path, "rb") as file:  # the metadata in the file's order, which the library loses
+                header = json.loads(file.read(8 + int.from_bytes(start[:8], "little"))[8:])
+            return tensors, header.get("__metadata__") or {}
+        except (safetensors.SafetensorError, OSError) as problem:
+            raise CheckpointError(f"{path}: a safetensors file that is truncated or damaged: {problem}") from problem
+    if start[:4] != b"PK\x03\x04" and start[:1] != b"\x80":
+        raise CheckpointError(f"{path}: not a checkpoint: it looks like {_looks_like(start)}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # the unpickler raises whatever the bytes lead it to
+        raise CheckpointError(f"{path}: {_unreadable(problem, start)}") from problem
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: not a checkpoint: expected tensors by name, got {type(content).__name__}")
+    if isinstance(content.get("state_dict"), Mapping):
+        return content["state_dict"], {k: v for k, v in content.items() if k != "state_dict"}
+    return content, {}
+
+
+def _unreadable(problem: Exception, start: bytes) -> str:
+    text = str(problem).strip() or type(problem).__name__
+    found = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", text)
+    if found:
+        return (
+            f"holds Python objects besides tensors ({found[1]}), which could run code when loaded, and is not read; "
+            "where you trust it, load it with torch.load yourself and save its state dict alone"
+        )
+    if "TorchScript" in text:
+        return "a TorchScript archive, a program rather than a checkpoint"
+    cause = text.partition("WeightsUnpickler error:")[2].strip() or text
+    what = "a zip archive that torch.save did not write" if start[:2] == b"PK" else "a pickle that torch.save did not write"
+    return f"{what}, or one truncated or damaged: {cause.splitlines()[0]}"
+
+
+def _looks_like(start: bytes) -> str:
+    for magic, name in _FOREIGN:
+        if start.startswith(magic):
+            return name
+    if start[257:262] == b"ustar":
+        return "a tar archive"
+    text = start.lstrip()[:64].lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page; the download may have answered with a log-in or error page"
+    if text.startswith((b"{", b"[")):
+        return "JSON"
+    return f"something else (first bytes {start[:8].hex(' ')})"
+
+
+def _safetensors_bytes(tensors: State, metadata: dict[str, str]) -> bytes:
+    """As the library writes it, with the metadata in its own order: the library's order changes from run to run."""
+    plain = safetensors.torch.save(tensors)
+    if not metadata:
+        return plain
+    size = int.from_bytes(plain[:8], "little")
+    header = {"__metadata__": metadata, **json.loads(plain[8 : 8 + size])}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + plain[8 + size :]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise CheckpointError(f"{path}: not JSON: {problem}") from problem
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return read(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            return _read_shards(folder / f"{name}.index.json")
+    wanted = ", ".join(n for name in _WEIGHT_FILES for n in (name, f"{name}.index.json"))
+    raise CheckpointError(f"{folder}: the folder holds none of {wanted}")
+
+
+def _read_shards(index: Path) -> Checkpoint:
+    where = _json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
+        raise CheckpointError(f"{index}: expected a weight_map of names to files")
+    files = sorted(set(where.values()))
+    outside = [f for f in files if f in ("", ".", "..") or "/" in f or "\\" in f]
+    if outside:
+        raise CheckpointError(f"{index}: shards must be files beside it, got {', '.join(map(repr, outside))}")
+    absent = [f for f in files if not (index.parent / f).is_file()]
+    if absent:
+        raise CheckpointError(f"{index}: shards that are not there: {', '.join(absent)}")
+    shards = {f: _read_file(index.parent / f)[0] for f in files}
+    lost = [f"{k} (of {f})" for k, f in where.items() if k not in shards[f]]
+    if lost:
+        raise CheckpointError(f"{index}: names that their shards do not hold: {', '.join(lost)}")
+    return _checkpoint({k: shards[f][k] for k, f in where.items()}, {}, str(index))
+
+
+def _from_hub(name: str, local_files_only: bool) -> Path:
+    """The local folder of a hub repository's config and weights."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or Path(name).suffix in (*_TORCH_SUFFIXES, ".safetensors"):
+        raise FileNotFoundError(f"no such file or folder: {name}")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as problem:
+        raise CheckpointError(
+            f"{name}: no such file or folder; to fetch it from the Hugging Face hub, pip install 'deltakern[hf]' ({problem})"
+        ) from problem
+    patterns = ["config.json", "preprocessor_config.json", *_WEIGHT_FILES, *(f"{n}.index.json" for n in _WEIGHT_FILES), "*-of-*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
+    except errors.GatedRepoError as problem:
+        raise CheckpointError(
+            f"{name}: access is gated: accept the licence at https://huggingface.co/{name} and log in with `hf auth login`"
+        ) from problem
+    except errors.LocalEntryNotFoundError as problem:
+        why = "local_files_only=True" if local_files_only else "the hub could not be reached"
+        raise CheckpointError(f"{name}: no such file or folder, and not in the local Hugging Face cache ({why})") from problem
+    except errors.RepositoryNotFoundError as problem:
+        raise CheckpointError(
+            f"{name}: no such file or folder, nor a repository on the Hugging Face hub (or one you cannot see)"
+        ) from problem
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as problem:
+        raise CheckpointError(f"{name}: could not be fetched from the Hugging Face hub: {problem}") from problem
