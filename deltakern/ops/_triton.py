@@ -141,6 +141,11 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(outer, inner, width)
 
 
+def unit(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` if its last dimension has unit stride, else a contiguous copy; the other strides go to the kernel as they are."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 def segments(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors of one shape as (S, M) views with unit stride in M, M as large as every tensor allows; a copy where none does."""
     first = tensors[0]

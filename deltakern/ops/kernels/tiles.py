@@ -58,6 +58,17 @@ TABLE: tuple[Row, ...] = (
     Row("residual_norm_backward", 2048, 1, None, 8),
     Row("residual_norm_backward", 4096, 1, None, 16),
     Row("residual_norm_backward", 8192, 1, None, 32),
+    # Rows of a token and a head: half a row is 32 lanes at d=64, two tiles a tensor. A backward that walks keeps three programs a
+    # processor, what its registers allow.
+    Row("rope_qk_norm_forward", 64, 32, None, 4),
+    Row("rope_qk_norm_forward", 128, 16, None, 4),
+    Row("rope_qk_norm_forward", 256, 8, None, 4),
+    Row("rope_qk_norm_backward", 64, 32, None, 4, per_processor=3),
+    Row("rope_qk_norm_backward", 128, 16, None, 4, per_processor=3),
+    Row("rope_qk_norm_backward", 256, 8, None, 4, per_processor=3),
+    Row("head_gate", 64, 32, None, 4),
+    Row("head_gate", 128, 16, None, 4),
+    Row("head_gate", 1024, 4, None, 4),
 )
 
 
