@@ -5,6 +5,7 @@ Tests, benchmarks, doctor and report all read it. A new op is one file in ``delt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,3 +56,272 @@ def add(case: Case) -> Case:
 def cases(op: str | None = None, tag: str | None = None) -> list[Case]:
     """All cases, of one op if named, with one tag if given, in the order of registration."""
     return [c for c in _CASES if (op is None or c.op == op) and (tag is None or tag in c.tags)]
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, device: Any, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal values, drawn in float32 on the CPU so that every dtype and device starts from the same numbers."""
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def shrunk(size: int, scale: float) -> int:
+    """``size`` times ``scale``, at least one."""
+    return max(1, round(size * scale))
+
+
+def nbytes(*counts: tuple[int, torch.dtype]) -> int:
+    """Bytes of so many elements of each dtype."""
+    return sum(count * dtype.itemsize for count, dtype in counts)
+
+
+TINY, REAL, TIMED = frozenset({"tiny"}), frozenset({"real"}), frozenset({"real", "benchmark"})
+
+
+# --- residual_norm ---------------------------------------------------------------------------------------------------------
+
+
+def _residual_norm(
+    name: str,
+    shape: tuple[int, ...],
+    tags: frozenset[str],
+    *,
+    scale: bool = True,
+    norm: bool = True,
+    bias: bool = True,
+    stream: torch.dtype | None = None,
+) -> None:
+    """``stream`` is the stream's dtype where it is not the branch's; ``normed`` has the branch's."""
+
+    def make(dtype, device, generator, shrink):
+        *lead, width = shape
+        lead = [shrunk(lead[0], shrink), *lead[1:]] if lead else lead
+        full = (*lead, width)
+        args = (
+            normal(full, stream or dtype, device, generator),
+            normal(full, dtype, device, generator),
+            normal((width,), torch.float32, device, generator) if scale else None,
+            normal((width,), torch.float32, device, generator) if norm else None,
+            normal((width,), torch.float32, device, generator) if norm and bias else None,
+        )
+        return args, {"out_dtype": dtype} if norm else {}
+
+    count = math.prod(shape)
+    wanted = (0, 1, *((2,) if scale else ()), *((3,) if norm else ()), *((4,) if norm and bias else ()))
+    add(
+        Case(
+            "residual_norm",
+            name,
+            make,
+            wanted,
+            lambda dtype: nbytes((2 * count, stream or dtype), ((2 if norm else 1) * count, dtype)),
+            (10 if norm else 2) * count,
+            tags,
+        )
+    )
+
+
+_residual_norm("odd", (3, 5, 37), TINY)
+_residual_norm("float32-stream", (3, 7, 24), TINY, stream=torch.float32)
+_residual_norm("folded-scale", (4, 3, 2, 20), TINY, scale=False)
+_residual_norm("no-bias", (11, 65), TINY, bias=False)
+_residual_norm("last-block", (3, 3, 16), TINY, norm=False)
+_residual_norm("sum-only", (5, 9), TINY, scale=False, norm=False)
+_residual_norm("one-row", (13,), TINY)
+_residual_norm("encoder-512", (64, 2049, 768), TIMED, stream=torch.float32)
+_residual_norm("decoder-512", (64, 1025, 768), TIMED, stream=torch.float32)
+_residual_norm("encoder-512-bf16-stream", (64, 2049, 768), TIMED)
+_residual_norm("predictor", (1024, 7, 768), REAL, norm=False)
+_residual_norm("backbone-512-frozen", (128, 1029, 768), TIMED, scale=False)
+_residual_norm("vit-large", (64, 1025, 1024), REAL, stream=torch.float32)
+_residual_norm("vit-huge", (64, 1025, 1280), REAL, stream=torch.float32)
+
+
+# --- rope_qk_norm ----------------------------------------------------------------------------------------------------------
+
+
+def _rope_qk_norm(
+    name: str,
+    batch: int,
+    patches: int,
+    heads: int,
+    head: int,
+    tags: frozenset[str],
+    *,
+    order: str = "pre_rope",
+    prefix: int = 1,
+    frames: int = 1,
+    q: bool = True,
+    q_norm: bool = True,
+    k_norm: bool = True,
+) -> None:
+    """q and k are slices of a packed projection of q, k, v and gate logits, whose rows are a multiple of 16 channels long."""
+
+    def make(dtype, device, generator, shrink):
+        width, count = heads * head, shrunk(patches, shrink)
+        length = prefix + frames * count
+        packed = normal((shrunk(batch, shrink), length, 3 * width + rounded_up(heads, 16)), dtype, device, generator)
+        angles = 6 * normal((count, head // 2), torch.float32, device, generator).repeat(1, 2)
+        weights = [1 + 0.1 * normal((head,), torch.float32, device, generator) for _ in range(2)]
+        args = (
+            packed[..., :width].unflatten(-1, (heads, head)) if q else None,
+            packed[..., width : 2 * width].unflatten(-1, (heads, head)),
+            angles.cos(),
+            angles.sin(),
+            weights[0] if q_norm else None,
+            weights[1] if k_norm else None,
+        )
+        return args, {"order": order, "num_prefix": prefix}
+
+    length, tensors = prefix + frames * patches, 2 if q else 1
+    count = tensors * batch * length * heads * head
+    wanted = (*((0,) if q else ()), 1, *((4,) if q and q_norm else ()), *((5,) if k_norm else ()))
+    add(
+        Case(
+            "rope_qk_norm",
+            name,
+            make,
+            wanted,
+            lambda dtype: nbytes((2 * count, dtype), (2 * patches * head, torch.float32)),
+            (10 if q_norm or k_norm else 3) * count,
+            tags,
+        )
+    )
+
+
+_rope_qk_norm("pair", 3, 9, 3, 10, TINY, frames=2)
+_rope_qk_norm("post-rope", 3, 7, 2, 16, TINY, order="post_rope", frames=2)
+_rope_qk_norm("no-norm", 3, 5, 3, 8, TINY, prefix=5, q_norm=False, k_norm=False)
+_rope_qk_norm("q-norm-only", 4, 6, 2, 6, TINY, prefix=0, k_norm=False)
+_rope_qk_norm("keys", 3, 11, 2, 12, TINY, frames=2, q=False)
+_rope_qk_norm("prefix-only", 3, 4, 2, 4, TINY, prefix=3, frames=0)
+_rope_qk_norm("encoder-512", 64, 1024, 12, 64, TIMED, frames=2)
+_rope_qk_norm("encoder-512-post-rope", 64, 1024, 12, 64, TIMED, order="post_rope", frames=2)
+_rope_qk_norm("encoder-512-last", 64, 1024, 12, 64, REAL, frames=2, q=False)
+_rope_qk_norm("decoder-512", 64, 1024, 12, 64, TIMED)
+_rope_qk_norm("backbone-512", 128, 1024, 12, 64, TIMED, prefix=5, q_norm=False, k_norm=False)
+_rope_qk_norm("vit-large", 64, 1024, 16, 64, REAL, frames=2)
+_rope_qk_norm("vit-huge", 64, 1024, 20, 64, REAL, frames=2)
+
+
+# --- head_gate -------------------------------------------------------------------------------------------------------------
+
+
+def _head_gate(name: str, batch: int, length: int, heads: int, head: int, tags: frozenset[str]) -> None:
+    """The attention's output lies as (B,H,L,d) in memory, as torch's attention leaves it; the logits are a slice of the projection."""
+
+    def make(dtype, device, generator, shrink):
+        clips, tokens = shrunk(batch, shrink), shrunk(length, shrink)
+        attn = normal((clips, heads, tokens, head), dtype, device, generator).transpose(1, 2)
+        packed = normal((clips, tokens, 3 * heads * head + rounded_up(heads, 16)), dtype, device, generator)
+        return (attn, packed[..., 3 * heads * head :][..., :heads]), {}
+
+    count = batch * length * heads
+    add(Case("head_gate", name, make, (0, 1), lambda dtype: nbytes(((2 * head + 1) * count, dtype)), count * (head + 4), tags))
+
+
+_head_gate("odd", 3, 13, 3, 10, TINY)
+_head_gate("one-channel", 3, 5, 2, 1, TINY)
+_head_gate("wide", 3, 2, 5, 72, TINY)
+_head_gate("encoder-512", 64, 2049, 12, 64, TIMED)
+_head_gate("decoder-512", 64, 1025, 12, 64, TIMED)
+_head_gate("vit-large", 64, 1025, 16, 64, REAL)
+_head_gate("vit-huge", 64, 1025, 20, 64, REAL)
+
+
+# --- delta_pool ------------------------------------------------------------------------------------------------------------
+
+
+def _delta_pool(name: str, batch: int, length: int, heads: int, head: int, width: int, tags: frozenset[str], *, sharp: float = 1.0) -> None:
+    """``sharp`` times larger queries concentrate the softmax on few tokens."""
+
+    def make(dtype, device, generator, shrink):
+        clips, tokens = shrunk(batch, shrink), shrunk(length, shrink)
+        args = (
+            normal((clips, tokens, width), dtype, device, generator),
+            (sharp * normal((clips, heads, head), torch.float32, device, generator)).to(dtype),
+            normal((clips, tokens, heads, head), dtype, device, generator),
+        )
+        return args, {"scale": head**-0.5}
+
+    tokens, rows = batch * length, batch * heads
+    add(
+        Case(
+            "delta_pool",
+            name,
+            make,
+            (0, 1, 2),
+            lambda dtype: nbytes((tokens * (width + heads * head) + rows * (width + head), dtype)),
+            2 * tokens * heads * (width + head),
+            tags,
+        )
+    )
+
+
+_delta_pool("odd", 3, 37, 3, 10, 21, TINY)
+_delta_pool("one-token", 3, 1, 2, 8, 16, TINY)
+_delta_pool("several-splits", 3, 1027, 2, 4, 5, TINY)
+_delta_pool("sharp", 3, 70, 2, 16, 130, TINY, sharp=20.0)
+_delta_pool("one-head", 3, 9, 1, 6, 6, TINY)
+_delta_pool("encoder-512", 64, 2049, 12, 64, 768, TIMED)
+_delta_pool("encoder-256", 128, 513, 12, 64, 768, TIMED)
+_delta_pool("vit-large", 64, 2049, 16, 64, 1024, REAL)
+_delta_pool("vit-huge", 64, 2049, 20, 64, 1280, REAL)
+
+
+# --- context_attention -----------------------------------------------------------------------------------------------------
+
+
+def _context_attention(
+    name: str,
+    batch: int,
+    groups: int,
+    each: int,
+    tokens: int,
+    heads: int,
+    head: int,
+    tags: frozenset[str],
+    *,
+    rope_size: int,
+    causal: bool = False,
+    turned: bool = False,
+    own: int | None = None,
+) -> None:
+    """``groups`` of ``each`` queries; ``causal``: group g sees g + 1 tokens; ``turned``: keys are rotated already; ``own``: J."""
+
+    def make(dtype, device, generator, shrink):
+        clips, queries = shrunk(batch, shrink), groups * shrunk(each, shrink)
+        seconds = torch.cumsum(0.04 + 0.3 * torch.rand((clips, tokens + groups + (own or 0)), generator=generator), 1).to(device)
+        args = (
+            normal((clips, queries, heads, head), dtype, device, generator),
+            normal((clips, tokens, heads, head), dtype, device, generator),
+            normal((clips, tokens, heads, head), dtype, device, generator),
+            seconds[:, 1 : groups + 1] if causal else seconds[:, -groups:],
+            None if turned else seconds[:, :tokens],
+            torch.arange(1, groups + 1, device=device) if causal else None,
+        )
+        kwargs: dict[str, Any] = {"rope_size": rope_size}
+        if own is not None:
+            kwargs["own_k"], kwargs["own_v"] = (normal((clips, queries, own, heads, head), dtype, device, generator) for _ in range(2))
+            kwargs["own_time"] = None if turned else seconds[:, tokens : tokens + own].double()
+        return args, kwargs
+
+    queries = batch * groups * each * heads * head
+    keys = tokens + (own or 0)
+    moved = 2 * queries + 2 * batch * tokens * heads * head + 2 * (own or 0) * queries
+    add(Case("context_attention", name, make, (0, 1, 2), lambda dtype: nbytes((moved, dtype)), 4 * queries * keys, tags))
+
+
+_context_attention("training", 3, 3, 5, 4, 2, 10, TINY, rope_size=6, causal=True)
+_context_attention("several-tiles", 3, 2, 70, 3, 2, 8, TINY, rope_size=8, causal=True)
+_context_attention("sampling", 3, 1, 7, 4, 3, 12, TINY, rope_size=10)
+_context_attention("turned", 3, 2, 3, 17, 1, 16, TINY, rope_size=2, turned=True)
+_context_attention("one-query", 3, 1, 1, 1, 1, 6, TINY, rope_size=4)
+_context_attention("own", 3, 2, 5, 3, 2, 10, TINY, rope_size=6, own=3)
+_context_attention("own-turned", 3, 1, 4, 2, 2, 8, TINY, rope_size=8, own=1, turned=True)
+_context_attention("no-own-yet", 3, 1, 4, 2, 2, 8, TINY, rope_size=8, own=0)
+_context_attention("candidates", 1024, 7, 256, 7, 12, 64, TIMED, rope_size=60, causal=True)
+_context_attention("chosen", 1024, 7, 1, 7, 12, 64, TIMED, rope_size=60, causal=True)
+_context_attention("rollout", 1, 1, 20, 4, 12, 64, TIMED, rope_size=60, own=2, turned=True)
+_context_attention("rollout-own", 16, 1, 20, 4, 12, 64, REAL, rope_size=60, own=3)
+_context_attention("long-context", 64, 1, 1024, 32, 12, 64, TIMED, rope_size=60)
+_context_attention("vit-large", 64, 7, 256, 7, 16, 64, REAL, rope_size=60, causal=True)
+_context_attention("vit-huge", 64, 7, 256, 7, 20, 64, REAL, rope_size=60, causal=True)

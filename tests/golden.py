@@ -29,7 +29,10 @@ _DRAWS = {
 
 
 def load(name: str, variant: str = "post_rope") -> dict[str, torch.Tensor]:
-    """All tensors of a golden file, e.g. "deltatok_default", with the names that the released code of ``variant`` has. Copies."""
+    """All tensors of a golden file, e.g. "deltatok_default", with the names that the released code of ``variant`` has. Copies.
+
+    "deltatok_nodelta" has weights and inputs alone in "pre_rope"; its gradient norms are in :func:`meta`.
+    """
     return {k: v.clone() for k, v in _load(name, variant).items()}
 
 
@@ -64,9 +67,13 @@ def _meta() -> dict[str, Any]:
 
 @functools.cache
 def _load(name: str, variant: str) -> dict[str, torch.Tensor]:
-    tensors = {_named(k, variant): v for k, v in {**_drawn(name), **load_file(FOLDER / f"{name}.safetensors")}.items()}
+    drawn, stored = _drawn(name), load_file(FOLDER / f"{name}.safetensors")
     changed = FOLDER / f"{name}_pre_rope.safetensors"
-    return {**tensors, **(load_file(changed) if variant == "pre_rope" and changed.exists() else {})}
+    if variant == "pre_rope" and changed.exists():
+        stored |= load_file(changed)
+    elif variant == "pre_rope" and any(_named(k, variant) != k for k in drawn):
+        stored = {}  # only the gradient norms of this variant were kept
+    return {_named(k, variant): v for k, v in {**drawn, **stored}.items()}
 
 
 def _drawn(name: str) -> dict[str, torch.Tensor]:

@@ -80,12 +80,7 @@ def tile(kernel: str, width: int, dtype: torch.dtype, architecture: int) -> Tile
         KeyError: the table has no line for it.
     """
     for row in TABLE:
-        if (
-            row.kernel == kernel
-            and width <= row.up_to
-            and row.dtype in (None, dtype)
-            and row.architecture in (None, architecture)
-        ):
+        if row.kernel == kernel and width <= row.up_to and row.dtype in (None, dtype) and row.architecture in (None, architecture):
             block = row.block or 1 << max(0, width - 1).bit_length()
             return Tile(row.rows, block, row.num_warps, row.num_stages, row.per_processor)
     raise KeyError(f"no launch sizes for {kernel} at width {width}, {dtype}, architecture {architecture}")

@@ -1,0 +1,198 @@
+"""Compiles the package's Triton kernels for GPUs that are not there, and reads what the assembler says of them.
+
+What is compiled is what the launchers launch: every case tagged "real" is run forward and backward, on few rows, with
+``_triton.launch`` noting its arguments instead of starting the kernel and the architecture pretended. A new kernel needs nothing
+here. Interpreter and compiler cannot share a process, so :func:`report` works in subprocesses without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Bytes of shared memory that one program may have; the driver refuses more, the compiler does not."""
+
+
+@functools.cache
+def report(workers: int = 2) -> list[dict[str, Any]]:
+    """One dictionary a kernel variant and architecture: op, kernel, case, architecture, registers, shared, spills, error."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    here = Path(__file__).resolve()
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent.parent), environment.get("PYTHONPATH", "")])
+    environment.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.json" for i in range(workers)]
+        running = [
+            subprocess.Popen(
+                [sys.executable, str(here), str(i), str(workers), str(path)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i, path in enumerate(paths)
+        ]
+        found = []
+        for process, path in zip(running, paths, strict=True):
+            output, _ = process.communicate()
+            if process.returncode:
+                raise RuntimeError(f"compiling ahead of time failed with status {process.returncode}:\n{output[-4000:]}")
+            found += json.loads(path.read_text())
+    return sorted(found, key=lambda r: (r["op"], r["kernel"], r["variant"], r["architecture"]))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, a line a kernel variant and a group of columns an architecture: registers, shared bytes, spilled bytes."""
+    lines: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["kernel"], row["variant"]), {})[row["architecture"]] = row
+    wide = max((len(f"{k} {v}") for k, v in lines), default=0)
+    text = [" " * wide + "".join(f"  {f'sm_{a} regs shared spill':>24}" for a in ARCHITECTURES)]
+    for (kernel, variant), by in lines.items():
+        cells = "".join(
+            f"  {by[a]['registers']:>10} {by[a]['shared']:>7} {by[a]['spills']:>5}" if a in by else " " * 26 for a in ARCHITECTURES
+        )
+        text.append(f"{f'{kernel} {variant}':<{wide}}{cells}")
+    return "\n".join(text)
+
+
+# Below: the subprocess.
+
+
+def _launches() -> list[dict[str, Any]]:
+    """What the launchers would start, for each architecture and each real case in bfloat16."""
+    import torch
+    from kernel_checks import forward_backward, inputs_shrunk, random_cotangents
+
+    from deltakern import backend
+    from deltakern.cases import cases
+    from deltakern.ops import _triton
+
+    seen: dict[str, dict[str, Any]] = {}
+    current: dict[str, Any] = {}
+
+    def note(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, **constexprs: Any) -> None:
+        signature, divisible, ones = _specialised(kernel, args, constexprs)
+        key = json.dumps([kernel.__name__, signature, divisible, ones, {k: str(v) for k, v in constexprs.items()}, tile, current["arch"]])
+        if key not in seen:
+            seen[key] = dict(
+                kernel=kernel, signature=signature, divisible=divisible, constexprs={**constexprs, **ones}, tile=tile, **current
+            )
+
+    _triton.launch = note
+    backend.triton_interprets = lambda: True  # admits CPU tensors; nothing is run
+    _triton.architecture = lambda device: current["arch"]
+    device = torch.device("cpu")
+    for arch in ARCHITECTURES:
+        for case in cases(tag="real"):
+            if "triton" not in backend.ops()[case.op].kernels:
+                continue
+            current.update(arch=arch, op=case.op, case=case.name)
+            args, kwargs = inputs_shrunk(case, torch.bfloat16, device)
+            with torch.no_grad():
+                forward_backward(case.function, args, {**kwargs, "impl": "triton"}, (), random_cotangents())
+            if case.differentiable:
+                forward_backward(case.function, args, {**kwargs, "impl": "triton"}, case.differentiable, random_cotangents())
+    return list(seen.values())
+
+
+def _specialised(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any]) -> tuple[dict[str, str], list[str], dict[str, Any]]:
+    """The signature that Triton derives from these arguments: types, which are multiples of 16, which are compile-time (1, None)."""
+    import torch
+
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+    names = [n for n in kernel.arg_names if n not in constexprs]
+    if len(names) != len(args):
+        raise TypeError(f"{kernel.__name__}: {len(args)} run-time arguments for {names}")
+    signature, divisible, constants = {}, [], {}
+    for name, value in zip(names, args, strict=True):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + short[value.dtype]
+            if value.storage_offset() * value.itemsize % 16 == 0:  # allocations are aligned further than that
+                divisible.append(name)
+        elif value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(name)
+        else:
+            signature[name] = "fp32"
+    return signature, divisible, constants
+
+
+def _compile(launch: dict[str, Any]) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, arch, tile = launch["kernel"], launch["arch"], launch["tile"]
+    signature = {name: launch["signature"].get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch["divisible"]}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=launch["constexprs"], attrs=attributes)
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, stack = _resources(made.asm["cubin"])
+    types = "/".join(dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*")))
+    flags = ",".join(
+        str(v).lower() if not isinstance(v, bool) else f"{k.lower()}"
+        for k, v in launch["constexprs"].items()
+        if v is not None and v is not False
+    )
+    return dict(
+        op=launch["op"],
+        kernel=kernel.__name__,
+        variant=f"{types} {flags}",
+        case=launch["case"],
+        architecture=arch,
+        registers=registers,
+        shared=made.metadata.shared,
+        spills=_spills(made.asm["ptx"]) if stack else 0,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack, of which spills are a part."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(found[1]), int(found[2])
+
+
+def _spills(ptx: str) -> int:
+    """Bytes spilled, stores and loads, from the assembler that Triton chose, asked again with -v."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)[1]
+    assembler = get_ptxas(int(re.search(r"\d+", target)[0])).path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        said = subprocess.run(
+            [assembler, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"], capture_output=True, text=True
+        ).stderr
+    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    return int(found[1]) + int(found[2])
+
+
+def main(index: int, workers: int, path: str) -> None:
+    launches = _launches()
+    Path(path).write_text(json.dumps([_compile(launch) for launch in launches[index::workers]]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,30 @@
+"""Every kernel, as the launchers start it at the models' widths, compiles for sm_80, sm_90 and sm_100 without spilling."""
+
+from __future__ import annotations
+
+import aot
+import pytest
+
+from deltakern import backend
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return aot.report()
+
+
+@pytest.mark.slow
+def test_no_spills_and_shared_memory_within_limits(rows: list[dict], capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print("\n" + aot.table(rows))
+    spilled = [f"{r['kernel']} {r['variant']} sm_{r['architecture']}: {r['spills']} bytes" for r in rows if r["spills"]]
+    assert not spilled, "\n".join(spilled)
+    over = [f"{r['kernel']} {r['variant']} sm_{r['architecture']}" for r in rows if r["shared"] > aot.SHARED_LIMIT[r["architecture"]]]
+    assert not over, "shared memory over the limit: " + "; ".join(over)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_every_op_is_compiled(rows: list[dict], architecture: int) -> None:
+    compiled = {r["op"] for r in rows if r["architecture"] == architecture}
+    assert compiled == {name for name, op in backend.ops().items() if "triton" in op.kernels}
