@@ -1,0 +1,217 @@
+// Best of N on the CPU: the row sums. Compiled once for every instruction set with that set's flags (setup.py), each time into
+// its own table: DELTAKERN_TABLE is that table's name. Nothing here may be inline with external linkage; see best_of_n.h.
+#include "best_of_n_cpu.h"
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef DELTAKERN_TABLE
+#define DELTAKERN_TABLE kernels_baseline
+#endif
+
+#if defined(__AVX512F__)
+#define DK_WIDTH 16
+#elif defined(__AVX2__)
+#define DK_WIDTH 8
+#else
+#define DK_WIDTH 4
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bfloat16 pairs are taken apart as little-endian words"
+#endif
+
+namespace deltakern {
+namespace {
+
+typedef float Vec __attribute__((vector_size(4 * DK_WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * DK_WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * DK_WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * DK_WIDTH)));
+
+constexpr int kWidth = DK_WIDTH;
+constexpr int kVectors = kLanes / kWidth;
+
+}  // namespace
+
+template <>
+struct Bits<Vec> {
+  using Int = Ints;
+};
+
+namespace {
+
+struct Float32 {};
+struct Bfloat16 {};
+struct Float16 {};
+
+template <class V>
+DK_INLINE V load(const void* from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+#if defined(__AVX512F__)
+DK_INLINE Vec fused_less_half(Vec a, Vec b) { return (Vec)_mm512_fnmadd_ps((__m512)b, _mm512_set1_ps(0.5f), (__m512)a); }
+#elif defined(__FMA__)
+DK_INLINE Vec fused_less_half(Vec a, Vec b) { return (Vec)_mm256_fnmadd_ps((__m256)b, _mm256_set1_ps(0.5f), (__m256)a); }
+#else
+DK_INLINE Vec fused_less_half(Vec a, Vec b) { return less_half<Vec>(a, b); }
+#endif
+
+template <Loss L>
+DK_INLINE Vec value_here(Vec difference, Vec beta) {
+#if defined(__AVX512DQ__)
+  if constexpr (L == Loss::smooth_l1) {  // clamp to [-beta, beta] in one instruction; both factors then carry the same sign
+    const Vec m = (Vec)_mm512_range_ps((__m512)difference, (__m512)beta, 0x2);
+    return m * fused_less_half(difference, m);
+  }
+#endif
+  if constexpr (L == Loss::smooth_l1) {
+    const Vec a = magnitude<Vec>(difference);
+    const Vec m = at_most<Vec>(a, beta);
+    return m * fused_less_half(a, m);
+  }
+  return value<L, Vec>(difference, beta);
+}
+
+// Element i of a group of kLanes goes to vector i / kWidth, place i % kWidth; but bfloat16 is read in pairs, and of two vectors the
+// first then holds the even elements and the second the odd ones. `place` says where element i lies.
+template <class T>
+constexpr bool kPaired = false;
+template <>
+constexpr bool kPaired<Bfloat16> = true;
+
+template <class T>
+DK_INLINE int place(int i) {
+  if (!kPaired<T>) return i;
+  const int pair = i / (2 * kWidth), within = i % (2 * kWidth);
+  return pair * 2 * kWidth + (within % 2) * kWidth + within / 2;
+}
+
+// The kLanes elements at `from`, widened
+DK_INLINE void widen(Float32, const char* from, Vec (&out)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) out[v] = load<Vec>(from + v * sizeof(Vec));
+}
+DK_INLINE void widen(Bfloat16, const char* from, Vec (&out)[kVectors]) {
+  for (int v = 0; v < kVectors; v += 2) {
+    const Words pairs = load<Words>(from + v / 2 * sizeof(Words));
+    out[v] = bit_cast<Vec>(static_cast<Words>(pairs << 16));
+    out[v + 1] = bit_cast<Vec>(static_cast<Words>(pairs & 0xffff0000u));
+  }
+}
+DK_INLINE Vec widen_halves(const char* from) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(load<__m128i>(from));
+#else
+  const Words bits = __builtin_convertvector(load<Halves>(from), Words);
+  const Words shifted = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+  const Words scaled = bit_cast<Words>(static_cast<Vec>(bit_cast<Vec>(shifted) * 5.192296858534828e33f));
+  const Words special = (Words)(bit_cast<Ints>(shifted) >= 0x0f800000);
+  return bit_cast<Vec>(static_cast<Words>(((scaled & ~special) | ((shifted | 0x7f800000u) & special)) | sign));
+#endif
+}
+DK_INLINE void widen(Float16, const char* from, Vec (&out)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) out[v] = widen_halves(from + v * sizeof(Halves));
+}
+
+template <class T>
+constexpr int64_t kSize = 2;
+template <>
+constexpr int64_t kSize<Float32> = 4;
+
+// Places for a shuffle: i ^ Step; or, of two vectors joined, the halves that begin at From (its places in the second count from kWidth).
+template <int Step>
+struct Across {
+  int32_t at[kWidth];
+  constexpr Across() : at() {
+    for (int i = 0; i < kWidth; ++i) at[i] = i ^ Step;
+  }
+};
+template <int From>
+struct Halved {
+  int32_t at[kWidth];
+  constexpr Halved() : at() {
+    for (int i = 0; i < kWidth; ++i) at[i] = From + (i < kWidth / 2 ? i : i + kWidth / 2);
+  }
+};
+
+template <class Places>
+DK_INLINE Vec shuffle(Vec a, Vec b) {
+  static constexpr Places places;
+#ifdef __clang__
+  Vec out;
+  for (int i = 0; i < kWidth; ++i) out[i] = places.at[i] < kWidth ? a[places.at[i]] : b[places.at[i] - kWidth];
+  return out;
+#else
+  return __builtin_shuffle(a, b, load<Ints>(places.at));
+#endif
+}
+
+// Adds lane i + Step to lane i, for Step and its halves down to 1
+template <int Step>
+DK_INLINE Vec add_across(Vec x) {
+  if constexpr (Step == 0) {
+    return x;
+  } else {
+    return add_across<Step / 2>(x + shuffle<Across<Step>>(x, x));
+  }
+}
+
+// The sum of all lanes: l + 32 onto l, then l + 16, ..., l + 1. The first steps add whole vectors.
+template <class T>
+DK_INLINE float fold(Vec (&sum)[kVectors]) {
+  constexpr int kKept = kPaired<T> ? 2 : 1;
+#pragma GCC unroll 16
+  for (int n = kVectors / 2; n >= kKept; n /= 2)
+#pragma GCC unroll 16
+    for (int v = 0; v < n; ++v) sum[v] += sum[v + n];
+  if constexpr (!kPaired<T>) return add_across<kWidth / 2>(sum[0])[0];
+  // Even lanes are in sum[0], odd ones in sum[1]: the last step, l + 1 onto l, is the one from half to half.
+  const Vec x = add_across<kWidth / 4>(shuffle<Halved<0>>(sum[0], sum[1]) + shuffle<Halved<kWidth / 2>>(sum[0], sum[1]));
+  return x[0] + x[kWidth / 2];
+}
+
+template <class T, Loss L>
+void sum_rows(const void* rows_start, int64_t row_stride, int64_t rows, const float* target, int64_t n, float beta_value, float* sums) {
+  const Vec beta = splat<Vec>(beta_value);
+  const int64_t whole = n / kLanes * kLanes, rest = n - whole;
+  const char* row = static_cast<const char*>(rows_start);
+  for (int64_t r = 0; r < rows; ++r, row += row_stride * kSize<T>) {
+    Vec sum[kVectors] = {}, here[kVectors];
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      widen(T{}, row + i * kSize<T>, here);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[v] += value_here<L>(here[v] - load<Vec>(target + i + v * kWidth), beta);
+    }
+    if (rest) {
+      char padded[kLanes * kSize<T>] = {};
+      memcpy(padded, row + whole * kSize<T>, rest * kSize<T>);
+      widen(T{}, padded, here);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[v] += value_here<L>(here[v] - load<Vec>(target + whole + v * kWidth), beta);
+    }
+    sums[r] = fold<T>(sum);
+  }
+}
+
+template <class T>
+void arrange(const float* target, int64_t n, float* out) {
+  for (int64_t start = 0; start < n; start += kLanes)
+    for (int i = 0; i < kLanes; ++i) out[start + place<T>(i)] = start + i < n ? target[start + i] : 0.0f;
+}
+
+}  // namespace
+
+#define DK_LOSSES(T) {sum_rows<T, Loss::smooth_l1>, sum_rows<T, Loss::log_cosh>, sum_rows<T, Loss::mse>, sum_rows<T, Loss::l1>}
+extern const CpuKernels DELTAKERN_TABLE;
+const CpuKernels DELTAKERN_TABLE = {
+    {DK_LOSSES(Float32), DK_LOSSES(Bfloat16), DK_LOSSES(Float16)},
+    {arrange<Float32>, arrange<Bfloat16>, arrange<Float16>},
+};
+
+}  // namespace deltakern
