@@ -192,8 +192,7 @@ class BuildExt(build_ext):
         if cuda:
             define = [
                 "-DDELTAKERN_WITH_CUDA",
-                f'-DDELTAKERN_CUDA_ARCHS="{";".join(cuda.archs)}"',
-                f'-DDELTAKERN_CUDA_PTX="{cuda.ptx}"',
+                f'-DDELTAKERN_CUDA_ARCHS="{";".join([*cuda.archs, cuda.ptx + "+PTX"])}"',
                 f"-I{cuda.include}",
             ]
         lines = [
@@ -224,7 +223,9 @@ class BuildExt(build_ext):
             libraries = [str(cuda.runtime), "-ldl", "-lrt", "-lpthread"]
         linker = list(getattr(self.compiler, "linker_so_cxx", None) or [cxx[0], "-shared"])
         strip = [] if sys.platform == "darwin" else ["-Wl,--strip-all", "-Wl,--exclude-libs,ALL"]
-        lines.append(f"rule link\n  command = {quote(linker)} $in -o $out {quote([*threads, *libraries, *strip])}\n  description = link $out")
+        lines.append(
+            f"rule link\n  command = {quote(linker)} $in -o $out {quote([*threads, *libraries, *strip])}\n  description = link $out"
+        )
         lines.append(f"build {path(target)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 

@@ -17,9 +17,6 @@
 #ifndef DELTAKERN_CUDA_ARCHS
 #define DELTAKERN_CUDA_ARCHS ""
 #endif
-#ifndef DELTAKERN_CUDA_PTX
-#define DELTAKERN_CUDA_PTX ""
-#endif
 
 namespace py = pybind11;
 using Sizes = std::vector<int64_t>;
@@ -89,8 +86,7 @@ py::dict build_info() {
   const auto sets = split(deltakern::cpu_instruction_sets(), ' ');
   info["cpu_isa"] = sets.front();  // what impl="cpp" runs with on this machine
   info["cpu_isas"] = sets;         // what was compiled and runs here
-  info["cuda_archs"] = split(DELTAKERN_CUDA_ARCHS, ';');
-  info["cuda_ptx"] = DELTAKERN_CUDA_PTX;
+  info["cuda_archs"] = split(DELTAKERN_CUDA_ARCHS, ';');  // such as 90, and 120+PTX
 #ifdef DELTAKERN_WITH_CUDA
   info["with_cuda"] = true;
   info["cuda_version"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);

@@ -1,6 +1,6 @@
 """The ops: one file each, a contract, a PyTorch reference, kernels. ``deltakern.ops.<name>.reference`` is the reference."""
 
-from deltakern.ops.best_of_n import best_of_n
+from deltakern.ops.best_of_n import BestOfN, best_of_n
 from deltakern.ops.context_attention import context_attention
 from deltakern.ops.delta_pool import delta_pool
 from deltakern.ops.gelu import gelu
@@ -12,6 +12,7 @@ from deltakern.ops.rope_qk_norm import rope_qk_norm
 from deltakern.ops.swiglu import swiglu
 
 __all__ = [
+    "BestOfN",
     "best_of_n",
     "context_attention",
     "delta_pool",
