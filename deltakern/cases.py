@@ -68,12 +68,78 @@ def shrunk(size: int, scale: float) -> int:
     return max(1, round(size * scale))
 
 
+def rounded_up(size: int, multiple: int) -> int:
+    """``size`` or the next multiple above."""
+    return -(-size // multiple) * multiple
+
+
 def nbytes(*counts: tuple[int, torch.dtype]) -> int:
     """Bytes of so many elements of each dtype."""
     return sum(count * dtype.itemsize for count, dtype in counts)
 
 
 TINY, REAL, TIMED = frozenset({"tiny"}), frozenset({"real"}), frozenset({"real", "benchmark"})
+
+
+# --- patch_delta -----------------------------------------------------------------------------------------------------------
+
+
+def _patch_delta(
+    name: str,
+    shape: tuple[int, int, int],
+    tags: frozenset[str],
+    *,
+    mode: str,
+    stream: torch.dtype | None = torch.float32,
+    token: tuple[int, ...] = (),
+    frozen: bool = False,
+) -> None:
+    """``shape`` is that of the features, which take no gradient where ``frozen``; ``token`` the token's dimensions before D."""
+    reads_prev, reads_curr = mode != "current", mode != "previous"
+
+    def make(dtype, device, generator, shrink):
+        batch, patches, width = shrunk(shape[0], shrink), *shape[1:]
+        features = (batch, patches, width)
+        dims = (batch, 1) if len(token) == 2 else token
+        args = (
+            normal(features, dtype, device, generator) if reads_prev else None,
+            normal(features, dtype, device, generator) if reads_curr else None,
+            normal((*dims, width), torch.float32 if stream else dtype, device, generator),
+            normal((2, width), torch.float32, device, generator) if reads_curr else None,
+            normal((width,), torch.float32, device, generator),
+            normal((width,), torch.float32, device, generator),
+        )
+        return args, {"mode": mode, "out_dtype": dtype, "stream_dtype": stream or dtype}
+
+    batch, patches, width = shape
+    read = batch * patches * width * (reads_prev + reads_curr)
+    written = batch * (1 + patches * (2 if mode == "pair" else 1)) * width
+    features = () if frozen else ((0,) if reads_prev else ()) + ((1,) if reads_curr else ())
+    add(
+        Case(
+            "patch_delta",
+            name,
+            make,
+            (*features, 2, *((3,) if reads_curr else ()), 4, 5),
+            lambda dtype: nbytes((read + written, dtype), (written, stream or dtype)),
+            10 * written,
+            tags,
+        )
+    )
+
+
+_patch_delta("pair", (3, 5, 37), TINY, mode="pair")
+_patch_delta("difference", (3, 4, 24), TINY, mode="difference")
+_patch_delta("current", (3, 7, 9), TINY, mode="current", stream=None)
+_patch_delta("previous", (3, 5, 16), TINY, mode="previous", token=(3, 1))
+_patch_delta("pair-frozen", (4, 3, 20), TINY, mode="pair", token=(1,), frozen=True, stream=None)
+_patch_delta("encoder-512", (64, 1024, 768), TIMED, mode="pair", frozen=True)
+_patch_delta("encoder-512-bf16-stream", (64, 1024, 768), REAL, mode="pair", stream=None, frozen=True)
+_patch_delta("encoder-512-difference", (64, 1024, 768), TIMED, mode="difference", frozen=True)
+_patch_delta("encoder-512-current", (64, 1024, 768), REAL, mode="current", frozen=True)
+_patch_delta("decoder-512", (64, 1024, 768), TIMED, mode="previous", token=(64, 1), frozen=True)
+_patch_delta("vit-large", (64, 1024, 1024), REAL, mode="pair")
+_patch_delta("vit-huge", (64, 1024, 1280), REAL, mode="difference")
 
 
 # --- residual_norm ---------------------------------------------------------------------------------------------------------
@@ -133,6 +199,69 @@ _residual_norm("predictor", (1024, 7, 768), REAL, norm=False)
 _residual_norm("backbone-512-frozen", (128, 1029, 768), TIMED, scale=False)
 _residual_norm("vit-large", (64, 1025, 1024), REAL, stream=torch.float32)
 _residual_norm("vit-huge", (64, 1025, 1280), REAL, stream=torch.float32)
+
+
+# --- gelu, swiglu ----------------------------------------------------------------------------------------------------------
+
+
+def _activation(op: str, name: str, shape: tuple[int, ...], tags: frozenset[str]) -> None:
+    """``shape`` is the input's."""
+
+    def make(dtype, device, generator, shrink):
+        return (2 * normal((shrunk(shape[0], shrink), *shape[1:]), dtype, device, generator),), {}
+
+    count = math.prod(shape)
+    read_and_written = 2 * count if op == "gelu" else count + count // 2
+    add(Case(op, name, make, (0,), lambda dtype: nbytes((read_and_written, dtype)), (8 if op == "gelu" else 3) * count, tags))
+
+
+_activation("gelu", "odd", (3, 5, 37), TINY)
+_activation("gelu", "two-tiles", (3, 700), TINY)
+_activation("gelu", "vector", (5,), TINY)
+_activation("gelu", "backbone-512", (128, 1029, 3072), TIMED)
+_activation("gelu", "predictor", (1024, 7, 3072), REAL)
+_activation("swiglu", "odd", (3, 5, 34), TINY)
+_activation("swiglu", "two-tiles", (3, 1, 2060), TINY)
+_activation("swiglu", "four-dimensions", (3, 2, 3, 16), TINY)
+_activation("swiglu", "vector", (10,), TINY)
+_activation("swiglu", "encoder-512", (64, 2049, 4096), TIMED)
+_activation("swiglu", "decoder-512", (64, 1025, 4096), TIMED)
+_activation("swiglu", "vit-huge", (64, 1025, 6826), REAL)
+
+
+# --- recon_loss ------------------------------------------------------------------------------------------------------------
+
+
+def _recon_loss(
+    name: str,
+    shape: tuple[int, ...],
+    tags: frozenset[str],
+    *,
+    kind: str,
+    target: torch.dtype | None = None,
+    wanted: tuple[int, ...] = (0,),
+) -> None:
+    """``target`` is the target's dtype where it is not the prediction's."""
+
+    def make(dtype, device, generator, shrink):
+        full = (shrunk(shape[0], shrink), *shape[1:]) if shape else ()
+        pred = normal(full, dtype, device, generator)
+        return (pred, normal(full, target or dtype, device, generator) * 0.5), {"kind": kind, "beta": 0.3}
+
+    count = math.prod(shape)
+    add(Case("recon_loss", name, make, wanted, lambda dtype: nbytes((count, dtype), (count, target or dtype)), 8 * count, tags))
+
+
+_recon_loss("odd", (3, 5, 37), TINY, kind="log_cosh", wanted=(0, 1))
+_recon_loss("several-tiles", (3, 5000), TINY, kind="log_cosh")
+_recon_loss("float32-target", (3, 5, 37), TINY, kind="log_cosh", target=torch.float32, wanted=(0, 1))
+_recon_loss("smooth-l1", (3, 4, 3, 11), TINY, kind="smooth_l1", wanted=(0, 1))
+_recon_loss("mse", (3, 7, 9), TINY, kind="mse", wanted=(0, 1))
+_recon_loss("scalar", (), TINY, kind="log_cosh")
+_recon_loss("tokenizer-512", (64, 1024, 768), TIMED, kind="log_cosh")
+_recon_loss("tokenizer-512-float32-target", (64, 1024, 768), REAL, kind="log_cosh", target=torch.float32)
+_recon_loss("tokenizer-256-smooth-l1", (128, 256, 768), REAL, kind="smooth_l1")
+_recon_loss("tokenizer-256-mse", (128, 256, 768), REAL, kind="mse")
 
 
 # --- rope_qk_norm ----------------------------------------------------------------------------------------------------------
@@ -258,7 +387,7 @@ def _delta_pool(name: str, batch: int, length: int, heads: int, head: int, width
 
 _delta_pool("odd", 3, 37, 3, 10, 21, TINY)
 _delta_pool("one-token", 3, 1, 2, 8, 16, TINY)
-_delta_pool("several-splits", 3, 1027, 2, 4, 5, TINY)
+_delta_pool("several-splits", 2, 530, 2, 4, 5, TINY)
 _delta_pool("sharp", 3, 70, 2, 16, 130, TINY, sharp=20.0)
 _delta_pool("one-head", 3, 9, 1, 6, 6, TINY)
 _delta_pool("encoder-512", 64, 2049, 12, 64, 768, TIMED)

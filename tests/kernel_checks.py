@@ -131,10 +131,10 @@ def transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def far_apart(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values with index 2 of the first dimension beyond element 2^31. Only the pages that are written take memory."""
-    if tensor.ndim < 2 or tensor.shape[0] < 3 or not tensor.is_floating_point():
+    """The same values with the last index of the first dimension beyond element 2^31. Only the pages that are written take memory."""
+    if tensor.ndim < 2 or tensor.shape[0] < 2 or not tensor.is_floating_point():
         return tensor
-    stride = 2**30 + 64
+    stride = 2**31 // (tensor.shape[0] - 1) + 64
     inner = tensor[0].contiguous()
     count = stride * (tensor.shape[0] - 1) + inner.numel()
     memory = torch.UntypedStorage(count * tensor.itemsize, device=tensor.device)  # not torch.empty, which may be poisoned

@@ -18,9 +18,10 @@ Source: exact algebra on DeltaTok.encode of the released code, which forms the w
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from deltakern import backend
-from deltakern.ops import _validate
+from deltakern.ops import _triton, _validate
 
 
 def delta_pool_reference(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *, scale: float) -> torch.Tensor:
@@ -48,7 +49,52 @@ def _check(normed, q, k) -> None:
     _validate.one_device(op, normed=normed, q=q, k=k)
 
 
-@backend.op(reference=delta_pool_reference, facts=_facts)
+def _forward_fake(normed, q, k, scale):
+    batch, heads, _ = q.shape
+    shape = (batch, heads, normed.shape[2])
+    wide = normed.new_empty(shape, dtype=torch.float32)
+    return normed.new_empty(shape), wide, normed.new_empty((batch, heads, 2), dtype=torch.float32)
+
+
+_forward = _triton.define(
+    "delta_pool_forward(Tensor normed, Tensor q, Tensor k, float scale) -> (Tensor, Tensor, Tensor)",
+    module="delta_pool",
+    fake=_forward_fake,
+)
+
+
+def _backward_fake(normed, q, k, wide, statistics, grad, scale, want_normed):
+    return normed.new_empty(normed.shape if want_normed else 0), q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+_backward = _triton.define(
+    "delta_pool_backward(Tensor normed, Tensor q, Tensor k, Tensor wide, Tensor statistics, Tensor grad, float scale, bool want_normed)"
+    " -> (Tensor, Tensor, Tensor)",
+    module="delta_pool",
+    fake=_backward_fake,
+)
+
+
+class _DeltaPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, normed, q, k, scale):
+        out, wide, statistics = _forward(normed, q, k, scale)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(normed, q, k, wide, statistics)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 4
+        want_normed, want_q, want_k, _ = ctx.needs_input_grad
+        d_normed, dq, dk = _backward(*ctx.saved_tensors, grad, ctx.scale, want_normed)
+        return d_normed if want_normed else None, dq if want_q else None, dk if want_k else None, None
+
+
+@backend.op(reference=delta_pool_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
 def delta_pool(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *, scale: float, impl: str = "auto") -> torch.Tensor:
     """Attention of one query a head over L tokens, pooling the tokens themselves. The module's docstring is the contract.
 
@@ -66,5 +112,6 @@ def delta_pool(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *, scale:
         ValueError: shapes, devices, no token. TypeError: dtypes.
     """
     _check(normed, q, k)
-    backend.choose(delta_pool, impl, _facts(normed, q, k))
+    if backend.choose(delta_pool, impl, _facts(normed, q, k)) == "triton":
+        return _DeltaPool.apply(normed, q, k, scale) if _triton.needs_grad(normed, q, k) else _forward(normed, q, k, scale)[0]
     return delta_pool_reference(normed, q, k, scale=scale)

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from deltakern import backend
-from deltakern.ops import _validate
+from deltakern.ops import _triton, _validate
 
 ORDERS = ("pre_rope", "post_rope")
 
@@ -45,15 +46,16 @@ def rope_qk_norm_reference(
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     repeats = (k.shape[1] - num_prefix) // cos.shape[0]
     head = cos.shape[1]
-    cos = cos.to(wide).repeat(repeats, 1)[:, None]
-    sin = sin.to(wide).repeat(repeats, 1)[:, None]
-    # [-x2, x1] * sin is roll(x) * [-sin1, sin2]: the sign goes to the small table, so that no tensor of x's size is negated
-    signed = torch.cat((-sin[..., : head // 2], sin[..., head // 2 :]), -1)
+    half = head // 2
+    # Rows for the prefix (cosine 1, sine 0), in the small tables, so that no tensor of x's size is split and joined.
+    cos = F.pad(cos.to(wide).repeat(repeats, 1), (0, 0, num_prefix, 0), value=1.0)[:, None]
+    sin = F.pad(sin.to(wide).repeat(repeats, 1), (0, 0, num_prefix, 0))[:, None]
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        patches = x[:, num_prefix:]
-        rotated = torch.addcmul(patches * cos, patches.roll(head // 2, -1), signed)
-        return torch.cat((x[:, :num_prefix], rotated), 1) if num_prefix else rotated
+        out = x * cos
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return out
 
     def both(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         y = x.to(wide)
@@ -86,7 +88,7 @@ def _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
     _validate.shape(op, "sin", sin, cos.shape, "cos's shape (N,d)")
     if not 0 <= num_prefix <= length:
         raise ValueError(f"{op}: num_prefix must be between 0 and L={length}, got {num_prefix}")
-    if (length - num_prefix) % cos.shape[0]:
+    if cos.shape[0] == 0 or (length - num_prefix) % cos.shape[0]:
         raise ValueError(f"{op}: cos must have N rows with L - num_prefix = {length - num_prefix} a multiple of N, got N={cos.shape[0]}")
     for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight)):
         if tensor is not None:
@@ -99,7 +101,67 @@ def _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
     _validate.one_device(op, **tensors)
 
 
-@backend.op(reference=rope_qk_norm_reference, facts=_facts)
+def _forward_fake(q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps):
+    return k.new_empty(0) if q is None else q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+_forward = _triton.define(
+    "rope_qk_norm_forward(Tensor? q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight,"
+    " bool pre_rope, int num_prefix, float eps) -> (Tensor, Tensor)",
+    module="rope_qk_norm",
+    fake=_forward_fake,
+)
+
+
+def _backward_fake(q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, pre_rope, num_prefix, eps):
+    return (
+        k.new_empty(0) if q is None or grad_q is None else q.new_empty(q.shape),
+        k.new_empty(0 if grad_k is None else k.shape),
+        k.new_empty((2, k.shape[-1]), dtype=torch.float32),
+    )
+
+
+_backward = _triton.define(
+    "rope_qk_norm_backward(Tensor? q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight,"
+    " Tensor? grad_q, Tensor? grad_k, bool pre_rope, int num_prefix, float eps) -> (Tensor, Tensor, Tensor)",
+    module="rope_qk_norm",
+    fake=_backward_fake,
+)
+
+
+class _RopeQKNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, cos, sin, q_weight, k_weight)
+        ctx.options = (pre_rope, num_prefix, eps)
+        q_out, k_out = _forward(q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps)
+        return None if q is None else q_out, k_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q, grad_k):
+        q, k, cos, sin, q_weight, k_weight = ctx.saved_tensors
+        want_q, want_k, _, _, want_q_weight, want_k_weight = ctx.needs_input_grad[:6]
+        grad_q = grad_q if want_q or want_q_weight else None
+        grad_k = grad_k if want_k or want_k_weight else None
+        if grad_q is None and grad_k is None:
+            return (None,) * 9
+        dq, dk, sums = _backward(q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, *ctx.options)
+        return (
+            dq if want_q and grad_q is not None else None,
+            dk if want_k and grad_k is not None else None,
+            None,
+            None,
+            sums[0].to(q_weight.dtype) if want_q_weight and grad_q is not None else None,
+            sums[1].to(k_weight.dtype) if want_k_weight and grad_k is not None else None,
+            None,
+            None,
+            None,
+        )
+
+
+@backend.op(reference=rope_qk_norm_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
 def rope_qk_norm(
     q: torch.Tensor | None,
     k: torch.Tensor,
@@ -128,5 +190,12 @@ def rope_qk_norm(
         ValueError: shapes, devices, order, num_prefix, a table that requires grad. TypeError: dtypes.
     """
     _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix)
-    backend.choose(rope_qk_norm, impl, _facts(q, k, cos, sin, q_weight, k_weight))
+    if q is None:
+        q_weight = None
+    if backend.choose(rope_qk_norm, impl, _facts(q, k, cos, sin, q_weight, k_weight)) == "triton":
+        options = (order == "pre_rope", num_prefix, eps)
+        if _triton.needs_grad(q, k, q_weight, k_weight):
+            return _RopeQKNorm.apply(q, k, cos, sin, q_weight, k_weight, *options)
+        q_out, k_out = _forward(q, k, cos, sin, q_weight, k_weight, *options)
+        return None if q is None else q_out, k_out
     return rope_qk_norm_reference(q, k, cos, sin, q_weight, k_weight, order=order, num_prefix=num_prefix, eps=eps)

@@ -37,3 +37,28 @@ def norm_backward(g, xhat, rstd, WIDTH: tl.constexpr):
     along = tl.sum(g * xhat, axis=1) / WIDTH
     mean = tl.sum(g, axis=1) / WIDTH
     return rstd[:, None] * (g - mean[:, None] - xhat * along[:, None])
+
+
+@triton.jit
+def segment_tile(number, length, BLOCK: tl.constexpr):
+    """Tile ``number`` of (S, length), counted along a segment first: ``(segment, column, mask)``, the first two int64."""
+    tiles = tl.cdiv(length, BLOCK)
+    column = (number % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return (number // tiles).to(tl.int64), column, column < length
+
+
+@triton.jit
+def narrow_parts(x, DTYPE: tl.constexpr):
+    """x in float32 as the sum of two numbers of a narrow dtype."""
+    high = x.to(DTYPE)
+    return high, (x - high.to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
+def dot_wide_narrow(x, y, acc):
+    """``acc + x @ y`` for x in float32. Where y is narrow, x goes to the tensor cores as two narrow numbers and keeps its digits."""
+    if y.dtype == tl.float32:
+        return tl.dot(x, y, acc, input_precision="ieee")
+    else:
+        high, low = narrow_parts(x, y.dtype)
+        return tl.dot(low, y, tl.dot(high, y, acc))

@@ -58,6 +58,26 @@ TABLE: tuple[Row, ...] = (
     Row("residual_norm_backward", 2048, 1, None, 8),
     Row("residual_norm_backward", 4096, 1, None, 16),
     Row("residual_norm_backward", 8192, 1, None, 32),
+    Row("patch_delta_forward", 256, 8, None, 4),
+    Row("patch_delta_forward", 512, 4, None, 4),
+    Row("patch_delta_forward", 1024, 2, None, 4),
+    Row("patch_delta_forward", 2048, 1, None, 4),
+    Row("patch_delta_forward", 4096, 1, None, 8),
+    Row("patch_delta_forward", 8192, 1, None, 16),
+    Row("patch_delta_backward", 256, 8, None, 4),
+    Row("patch_delta_backward", 512, 4, None, 4),
+    Row("patch_delta_backward", 1024, 2, None, 4),
+    Row("patch_delta_backward", 2048, 1, None, 8),
+    Row("patch_delta_backward", 4096, 1, None, 16),
+    Row("patch_delta_backward", 8192, 1, None, 32),
+    # Element by element: a thread holds 8 elements of an array. Segments shorter than a tile waste lanes, not bandwidth.
+    Row("gelu_forward", WIDEST, 1, 1024, 4),
+    Row("gelu_backward", WIDEST, 1, 1024, 4),
+    Row("swiglu_forward", WIDEST, 1, 1024, 4),
+    Row("swiglu_backward", WIDEST, 1, 1024, 4),
+    Row("recon_loss_forward", WIDEST, 1, 2048, 4, per_processor=8),
+    Row("recon_loss_mean", 4096, 1, None, 4),
+    Row("recon_loss_backward", WIDEST, 1, 1024, 4),
     # Rows of a token and a head: half a row is 32 lanes at d=64, two tiles a tensor. A backward that walks keeps three programs a
     # processor, what its registers allow.
     Row("rope_qk_norm_forward", 64, 32, None, 4),
@@ -69,6 +89,20 @@ TABLE: tuple[Row, ...] = (
     Row("head_gate", 64, 32, None, 4),
     Row("head_gate", 128, 16, None, 4),
     Row("head_gate", 1024, 4, None, 4),
+    # Two passes over a clip's tokens, tiles of 64 tokens; float32 products run on the general cores and take smaller tiles.
+    Row("delta_pool_scores", 64, 32, None, 4),
+    Row("delta_pool_scores", 128, 16, None, 4),
+    Row("delta_pool_scores", 1024, 4, None, 4),
+    Row("delta_pool_split", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
+    Row("delta_pool_split", WIDEST, 64, 128, 4, 3),
+    Row("delta_pool_combine", WIDEST, 1, 256, 4),
+    Row("delta_pool_products", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
+    Row("delta_pool_products", WIDEST, 64, 128, 4, 3),
+    Row("delta_pool_query", 64, 64, None, 4),
+    Row("delta_pool_query", 128, 32, None, 4),
+    Row("delta_pool_query", 1024, 4, None, 4),
+    Row("delta_pool_spread", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
+    Row("delta_pool_spread", WIDEST, 64, 128, 4, 2),
 )
 
 
