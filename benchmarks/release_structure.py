@@ -492,32 +492,40 @@ class DeltaWorld(_World):
         z, _, _ = self.encode_frames(frames)
         return self.train_on_tokens(z, timestamps, criterion, queries)[:2]
 
-    def predict_step(self, q: torch.Tensor, kv: torch.Tensor, time_q: torch.Tensor, time_k: torch.Tensor) -> torch.Tensor:
-        """One predictor step of a rollout: q (B*S,1,D), kv (B*S,K,D), times (B,1) and (B,K) -> (B*S,1,D)."""
-        return self.predictor(q, kv, None, (self._per_sample(time_q),), (self._per_sample(time_k),))
+    def predict_step(self, z: torch.Tensor, own: torch.Tensor, timestamps: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """One predictor step of a rollout: context z (B,T,D), generated tokens (B*S,J,D), noise (B,S,D) -> (B*S,1,D).
+
+        Every sample's past is expanded, projected and rotated anew.
+        """
+        kv = torch.cat((self._per_sample(z), own), 1)
+        known = kv.shape[1]
+        noise = self._noise((z.shape[0], self.num_samples_eval), z.device) if noise is None else noise
+        pos_q, pos_k = (self._per_sample(t) for t in (timestamps[:, known : known + 1], timestamps[:, :known]))
+        return self.predictor(noise.flatten(0, 1).unsqueeze(1), kv, None, (pos_q,), (pos_k,))
+
+    def sample(self, z: torch.Tensor, timestamps: torch.Tensor, horizon: int, queries: torch.Tensor | None = None) -> torch.Tensor:
+        """The predictor's steps of a rollout alone: tokens (B,S,h,D) after the context z; ``queries`` is (B,S,h,D)."""
+        own = z.new_empty((z.shape[0] * self.num_samples_eval, 0, z.shape[2]))
+        for step in range(horizon):
+            z_hat = self.predict_step(z, own, timestamps, None if queries is None else queries[:, :, step])
+            own = torch.cat((own, z_hat), 1)
+        return own.unflatten(0, (z.shape[0], self.num_samples_eval))
 
     def rollout(
-        self, frames: torch.Tensor, timestamps: torch.Tensor, ctx_len: int, queries: torch.Tensor | None = None, *, decode: bool = True
+        self, frames: torch.Tensor, timestamps: torch.Tensor, ctx_len: int, queries: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (B,S,h,N,D) and tokens (B,S,h,D) of the frames after ``ctx_len``; ``queries`` is (B,S,h,D).
-
-        ``decode=False`` leaves the decoder out (the features are then those of the last context frame): the predictor's
-        steps alone, still with every sample's past recomputed at every step.
-        """
+        """Features (B,S,h,N,D) and tokens (B,S,h,D) of the frames after ``ctx_len``; ``queries`` is (B,S,h,D)."""
         z, y, rope = self.encode_frames(frames)
-        batch, horizon = frames.shape[0], frames.shape[1] - ctx_len
-        kv, x = self._per_sample(z[:, :ctx_len]), self._per_sample(y[:, ctx_len - 1])
+        x = self._per_sample(y[:, ctx_len - 1])
+        own = z.new_empty((x.shape[0], 0, z.shape[2]))
         features = []
-        for step in range(horizon):
-            noise = self._noise((batch, self.num_samples_eval), z.device) if queries is None else queries[:, :, step]
-            time = timestamps[:, ctx_len + step : ctx_len + step + 1]
-            z_hat = self.predict_step(noise.flatten(0, 1).unsqueeze(1), kv, time, timestamps[:, : kv.shape[1]])
-            if decode:
-                x = self.tokenizer.decode(z_hat, x, rope)
-            kv = torch.cat((kv, z_hat), 1)
+        for step in range(frames.shape[1] - ctx_len):
+            z_hat = self.predict_step(z[:, :ctx_len], own, timestamps, None if queries is None else queries[:, :, step])
+            x = self.tokenizer.decode(z_hat, x, rope)
+            own = torch.cat((own, z_hat), 1)
             features.append(x)
-        tokens = kv[:, ctx_len:].unflatten(0, (batch, self.num_samples_eval))
-        return torch.stack(features, 1).unflatten(0, (batch, self.num_samples_eval)), tokens
+        shape = (frames.shape[0], self.num_samples_eval)
+        return torch.stack(features, 1).unflatten(0, shape), own.unflatten(0, shape)
 
 
 class DINOWorld(_World):

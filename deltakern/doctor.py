@@ -188,7 +188,10 @@ def _devices() -> Iterator[Finding]:
         yield Finding(group, "cuda", NOTE, "not available", why)
         return
     module = backend.extension().module
-    compiled = [str(a) for a in build_info(module).get("cuda_archs", ())] if module is not None else []
+    built = build_info(module) if module is not None else {}
+    compiled = [str(a) for a in built.get("cuda_archs", ())]
+    if compiled and built.get("cuda_ptx"):
+        compiled.append(f"compute_{built['cuda_ptx']}")
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
         capability = (found.major, found.minor)

@@ -152,8 +152,7 @@ def test_release_structure_against_torchs_counter(released, size):
     # the released code tokenizes the target frames and the black frame too, which the paper's figure leaves out
     waste = 4 * flops.backbone(size, size) + 3 * flops.encode(size, size)
     assert _count(world.rollout, frames[:, :7], times[:, :7], 4) == flops.rollout(size, size) + waste
-    steps = _count(world.rollout, frames[:, :7], times[:, :7], 4, decode=False)
-    assert steps == flops.rollout(size, size, decoded=0) + waste
+    assert _count(world.sample, tokens[:, :4], times, 3) == flops.sample(cached=False)
     assert _count(dense.rollout, frames[:, :7], times[:, :7], 4) == flops.dinoworld_rollout(size, size) + 3 * flops.backbone(size, size)
 
 

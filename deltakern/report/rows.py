@@ -1,0 +1,166 @@
+"""Rows of measurements: what was measured, where, with what, at which commit. One JSON object a line, appended, never rewritten."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+KINDS = ("op", "model", "ceiling", "accuracy")
+
+
+class RowError(ValueError):
+    """A line that is no row of this schema."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        kind: "op" (one case of one op), "model" (one stage of the models), "ceiling" (the machine's) or "accuracy".
+        name: the op, the stage, "copy" or "gemm".
+        case: the op's case, or the preset.
+        impl: implementation; "release (eager)" and "release (torch.compile)" are the baselines of models.
+        dtype: of the inputs, or of autocast.
+        shape: what else fixes the work, such as {"scale": 0.125, "samples": 20}.
+        seconds, low, high, rounds: median, 10th and 90th percentile, samples.
+        figures: other measurements by name: bytes, flops, peak_bytes, kernels, launch_seconds, error, ...
+        where: machine and versions, see :func:`environment`.
+    """
+
+    kind: str
+    name: str
+    case: str
+    impl: str
+    dtype: str
+    shape: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rounds: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise RowError(f"kind must be one of {KINDS}, got {self.kind!r}")
+
+
+def _output(*command: str) -> str:
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Where and with what: device, driver, versions, threads, commit (with "+" where files differ from it), time."""
+    import importlib.metadata
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    device = torch.device(device)
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+    found = {
+        "commit": f"{commit}+" if commit and changed else commit,
+        "when": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": f"{_processor()}, {os.cpu_count()} cores",
+        "driver": "",
+        "deltakern": version("deltakern"),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "platform": sys.platform,
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        found["cuda"] = torch.version.cuda or ""
+    return found
+
+
+def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+    """Adds rows to a file, one line each, made if need be; a line is written whole or not at all."""
+    text = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def parse(line: str, where: str = "row") -> Row:
+    """One line of a results file.
+
+    Raises:
+        RowError: not JSON, another schema, an unknown or missing field.
+    """
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as problem:
+        raise RowError(f"{where}: not JSON ({problem})") from problem
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise RowError(f"{where}: expected an object of schema {SCHEMA}, got {line[:80]!r}")
+    known = {f.name for f in fields(Row)}
+    if unknown := set(found) - known:
+        raise RowError(f"{where}: unknown fields {sorted(unknown)}")
+    try:
+        return Row(**found)
+    except TypeError as problem:
+        raise RowError(f"{where}: {problem}") from problem
+
+
+def read(folder: str | os.PathLike[str]) -> list[Row]:
+    """Every row of the ``*.jsonl`` files in a folder (or of one file), file by file, in order.
+
+    Raises:
+        FileNotFoundError: no such folder or file. RowError: a line that is no row.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"no results at {folder}")
+    files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else [folder]
+    return list(_lines(files))
+
+
+def _lines(files: Iterable[Path]) -> Iterator[Row]:
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                yield parse(line, f"{file.name}:{number}")
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each measurement on each device: what a table shows."""
+    found: dict[Any, Row] = {}
+    for row in rows:
+        key = (row.kind, row.name, row.case, row.impl, row.dtype, json.dumps(row.shape, sort_keys=True), row.where.get("device"))
+        found.pop(key, None)
+        found[key] = row
+    return list(found.values())
