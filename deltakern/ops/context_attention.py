@@ -26,9 +26,13 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from deltakern import backend
-from deltakern.ops import _validate
+from deltakern.ops import _triton, _validate
+
+MOST_TOKENS = 32
+"""Context tokens that the kernels take: they are held by every program."""
 
 
 def temporal_angles(time: torch.Tensor, rope_size: int) -> torch.Tensor:
@@ -92,7 +96,12 @@ def context_attention_reference(
 
 def _facts(q, k, v, q_time, k_time, visible=None, *, own_k=None, own_v=None, **_) -> backend.Facts:
     tensors = [t for t in (q, k, v, own_k, own_v) if t is not None]
-    return backend.Facts(q.device.type, tuple(t.dtype for t in tensors), backend.too_wide(q.shape[-1], 128))
+    note = backend.too_wide(q.shape[-1], 128)
+    if k.shape[1] > MOST_TOKENS:
+        note = f"the kernel takes at most {MOST_TOKENS} context tokens"
+    elif not q.dtype == k.dtype == v.dtype:
+        note = "the kernel takes q, k and v of one dtype"
+    return backend.Facts(q.device.type, tuple(t.dtype for t in tensors), note)
 
 
 def _check(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size) -> None:
@@ -135,7 +144,67 @@ def _check(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size) 
     _validate.one_device(op, q=q, k=k, v=v, q_time=q_time, k_time=k_time, visible=visible, own_k=own_k, own_v=own_v, own_time=own_time)
 
 
-@backend.op(reference=context_attention_reference, facts=_facts)
+def _forward_fake(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale):
+    return q.new_empty(q.shape)
+
+
+_forward = _triton.define(
+    "context_attention_forward(Tensor q, Tensor k, Tensor v, Tensor q_time, Tensor? k_time, Tensor? visible, Tensor? own_k, Tensor? own_v,"
+    " Tensor? own_time, int rope_size, float scale) -> Tensor",
+    module="context_attention",
+    fake=_forward_fake,
+)
+
+
+def _backward_fake(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, grad, rope_size, scale, want_keys):
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape if want_keys else 0),
+        v.new_empty(v.shape if want_keys else 0),
+        q.new_empty(0) if own_k is None else own_k.new_empty(own_k.shape),
+        q.new_empty(0) if own_v is None else own_v.new_empty(own_v.shape),
+    )
+
+
+_backward = _triton.define(
+    "context_attention_backward(Tensor q, Tensor k, Tensor v, Tensor q_time, Tensor? k_time, Tensor? visible, Tensor? own_k, Tensor? own_v,"
+    " Tensor? own_time, Tensor grad, int rope_size, float scale, bool want_keys) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    module="context_attention",
+    fake=_backward_fake,
+)
+
+
+class _ContextAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, q_time, k_time, visible, own_k, own_v, own_time)
+        ctx.options = (rope_size, scale)
+        return _forward(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 11
+        want_q, want_k, want_v, _, _, _, want_own_k, want_own_v, *_ = ctx.needs_input_grad
+        dq, dk, dv, d_own_k, d_own_v = _backward(*ctx.saved_tensors, grad, *ctx.options, want_k or want_v)
+        return (
+            dq if want_q else None,
+            dk if want_k else None,
+            dv if want_v else None,
+            None,
+            None,
+            None,
+            d_own_k if want_own_k else None,
+            d_own_v if want_own_v else None,
+            None,
+            None,
+            None,
+        )
+
+
+@backend.op(reference=context_attention_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
 def context_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -172,7 +241,9 @@ def context_attention(
         ValueError: shapes, devices, rope_size, a time that requires grad. TypeError: dtypes.
     """
     _check(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size)
-    backend.choose(context_attention, impl, _facts(q, k, v, q_time, k_time, visible, own_k=own_k, own_v=own_v))
+    if backend.choose(context_attention, impl, _facts(q, k, v, q_time, k_time, visible, own_k=own_k, own_v=own_v)) == "triton":
+        arguments = (q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, q.shape[-1] ** -0.5 if scale is None else scale)
+        return _ContextAttention.apply(*arguments) if _triton.needs_grad(q, k, v, own_k, own_v) else _forward(*arguments)
     return context_attention_reference(
         q, k, v, q_time, k_time, visible, own_k=own_k, own_v=own_v, own_time=own_time, rope_size=rope_size, scale=scale
     )

@@ -62,3 +62,24 @@ def dot_wide_narrow(x, y, acc):
     else:
         high, low = narrow_parts(x, y.dtype)
         return tl.dot(low, y, tl.dot(high, y, acc))
+
+
+@triton.jit
+def dot_narrow_wide(x, y, acc):
+    """``acc + x @ y`` for y in float32, as :func:`dot_wide_narrow`."""
+    if x.dtype == tl.float32:
+        return tl.dot(x, y, acc, input_precision="ieee")
+    else:
+        high, low = narrow_parts(y, x.dtype)
+        return tl.dot(x, low, tl.dot(x, high, acc))
+
+
+@triton.jit
+def dot_both_wide(x, y, acc, DTYPE: tl.constexpr):
+    """``acc + x @ y`` for x and y in float32, on the tensor cores of DTYPE; the product of the two low parts is below float32's digits."""
+    if DTYPE == tl.float32:
+        return tl.dot(x, y, acc, input_precision="ieee")
+    else:
+        x_high, x_low = narrow_parts(x, DTYPE)
+        y_high, y_low = narrow_parts(y, DTYPE)
+        return tl.dot(x_high, y_high, tl.dot(x_high, y_low, tl.dot(x_low, y_high, acc)))

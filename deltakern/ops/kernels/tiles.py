@@ -103,6 +103,12 @@ TABLE: tuple[Row, ...] = (
     Row("delta_pool_query", 1024, 4, None, 4),
     Row("delta_pool_spread", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
     Row("delta_pool_spread", WIDEST, 64, 128, 4, 2),
+    # Tiles of queries against at most 32 keys.
+    Row("context_attention_forward", 64, 64, None, 4, 2),
+    Row("context_attention_forward", 128, 32, None, 4, 2),
+    Row("context_attention_backward", 64, 32, None, 4, 2),
+    Row("context_attention_backward", 128, 16, None, 4, 2),
+    Row("context_attention_reduce", 128, 4, None, 4),
 )
 
 
