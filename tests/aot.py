@@ -24,7 +24,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 
 @functools.cache
 def report(workers: int = 2) -> list[dict[str, Any]]:
-    """One dictionary a kernel variant and architecture: op, kernel, case, architecture, registers, shared, spills, error."""
+    """One dictionary a kernel variant and architecture: op, kernel, case, architecture, registers, shared, spills."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = Path(__file__).resolve()
     environment["PYTHONPATH"] = os.pathsep.join([str(here.parent.parent), environment.get("PYTHONPATH", "")])
@@ -81,12 +81,9 @@ def _launches() -> list[dict[str, Any]]:
     current: dict[str, Any] = {}
 
     def note(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, **constexprs: Any) -> None:
-        signature, divisible, ones = _specialised(kernel, args, constexprs)
-        key = json.dumps([kernel.__name__, signature, divisible, ones, {k: str(v) for k, v in constexprs.items()}, tile, current["arch"]])
-        if key not in seen:
-            seen[key] = dict(
-                kernel=kernel, signature=signature, divisible=divisible, constexprs={**constexprs, **ones}, tile=tile, **current
-            )
+        specialised = _specialised(kernel, args, constexprs)
+        key = repr([kernel.__name__, specialised, constexprs, tile, current["arch"]])
+        seen.setdefault(key, {"kernel": kernel, **specialised, "constexprs": constexprs, "tile": tile, **current})
 
     _triton.launch = note
     backend.triton_interprets = lambda: True  # admits CPU tensors; nothing is run
@@ -105,11 +102,18 @@ def _launches() -> list[dict[str, Any]]:
     return list(seen.values())
 
 
-def _specialised(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any]) -> tuple[dict[str, str], list[str], dict[str, Any]]:
-    """The signature that Triton derives from these arguments: types, which are multiples of 16, which are compile-time (1, None)."""
+def _specialised(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any]) -> dict[str, Any]:
+    """What Triton derives from these arguments: types, which are multiples of 16, which are compile-time constants (1, None)."""
     import torch
 
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+    short = {
+        torch.float64: "fp64",
+        torch.float32: "fp32",
+        torch.bfloat16: "bf16",
+        torch.float16: "fp16",
+        torch.int32: "i32",
+        torch.int64: "i64",
+    }
     names = [n for n in kernel.arg_names if n not in constexprs]
     if len(names) != len(args):
         raise TypeError(f"{kernel.__name__}: {len(args)} run-time arguments for {names}")
@@ -127,7 +131,7 @@ def _specialised(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any])
                 divisible.append(name)
         else:
             signature[name] = "fp32"
-    return signature, divisible, constants
+    return {"signature": signature, "divisible": divisible, "constants": constants}
 
 
 def _compile(launch: dict[str, Any]) -> dict[str, Any]:
@@ -138,26 +142,23 @@ def _compile(launch: dict[str, Any]) -> dict[str, Any]:
     kernel, arch, tile = launch["kernel"], launch["arch"], launch["tile"]
     signature = {name: launch["signature"].get(name, "constexpr") for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch["divisible"]}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=launch["constexprs"], attrs=attributes)
-    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    constants = {**launch["constexprs"], **launch["constants"]}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resources(made.asm["cubin"])
     types = "/".join(dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*")))
-    flags = ",".join(
-        str(v).lower() if not isinstance(v, bool) else f"{k.lower()}"
-        for k, v in launch["constexprs"].items()
-        if v is not None and v is not False
-    )
-    return dict(
-        op=launch["op"],
-        kernel=kernel.__name__,
-        variant=f"{types} {flags}",
-        case=launch["case"],
-        architecture=arch,
-        registers=registers,
-        shared=made.metadata.shared,
-        spills=_spills(made.asm["ptx"]) if stack else 0,
-    )
+    flags = ",".join(name.lower() if value is True else str(value) for name, value in launch["constexprs"].items() if value is not False)
+    return {
+        "op": launch["op"],
+        "kernel": kernel.__name__,
+        "variant": f"{types} {flags}",
+        "case": launch["case"],
+        "architecture": arch,
+        "registers": registers,
+        "shared": made.metadata.shared,
+        "spills": _spills(made.asm["ptx"]) if stack else 0,
+    }
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -1,4 +1,9 @@
-"""The ops: one file each, a contract, a PyTorch reference, kernels. ``deltakern.ops.<name>.reference`` is the reference."""
+"""The ops: one file each, a contract, a PyTorch reference, kernels. ``deltakern.ops.<name>.reference`` is the reference.
+
+An op's file reads from contract to public function and imports no Triton. Its Triton kernels and their launchers stand in the
+file of the same name in ``deltakern/ops/kernels``, which the first call imports: a launcher has the name of the library op
+that ``_triton.define`` registers for it, takes its sizes from ``kernels/tiles.py`` and starts kernels with ``_triton.launch``.
+"""
 
 from deltakern.ops.best_of_n import BestOfN, best_of_n
 from deltakern.ops.context_attention import context_attention

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from deltakern import backend
-from deltakern.ops import _validate
+from deltakern.ops import _triton, _validate
 
 
 def gelu_reference(x: torch.Tensor) -> torch.Tensor:
@@ -25,7 +26,31 @@ def _facts(x, **_) -> backend.Facts:
     return backend.Facts(x.device.type, (x.dtype,))
 
 
-@backend.op(reference=gelu_reference, facts=_facts)
+_forward = _triton.define(
+    "gelu_forward(Tensor x) -> Tensor",
+    module="gelu",
+    fake=lambda x: x.new_empty(x.shape),
+)
+_backward = _triton.define(
+    "gelu_backward(Tensor x, Tensor d_out) -> Tensor",
+    module="gelu",
+    fake=lambda x, d_out: x.new_empty(x.shape),
+)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return _forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return _backward(*ctx.saved_tensors, d_out)
+
+
+@backend.op(reference=gelu_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
 def gelu(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """Exact GELU. The module's docstring is the contract.
 
@@ -33,5 +58,6 @@ def gelu(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
         TypeError: the dtype.
     """
     _validate.floating("gelu", x=x)
-    backend.choose(gelu, impl, _facts(x))
+    if backend.choose(gelu, impl, _facts(x)) == "triton":
+        return _Gelu.apply(x) if _triton.needs_grad(x) else _forward(x)
     return gelu_reference(x)

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from deltakern import backend
-from deltakern.ops import _validate
+from deltakern.ops import _triton, _validate
 
 MODES = ("pair", "difference", "current", "previous")
 
@@ -61,9 +62,10 @@ def patch_delta_reference(
     return stream, normed.to(out_dtype or stream_dtype)
 
 
-def _facts(prev, curr, token, role, norm_weight, norm_bias, **_) -> backend.Facts:
+def _facts(prev, curr, token, role, norm_weight, norm_bias, *, out_dtype=None, stream_dtype=None, **_) -> backend.Facts:
     tensors = [t for t in (prev, curr, token, role, norm_weight, norm_bias) if t is not None]
-    return backend.Facts(tensors[0].device.type, tuple(t.dtype for t in tensors), backend.too_wide(tensors[0].shape[-1]))
+    dtypes = [t.dtype for t in tensors] + [d for d in (out_dtype, stream_dtype) if d is not None]
+    return backend.Facts(tensors[0].device.type, tuple(dtypes), backend.too_wide(tensors[0].shape[-1]))
 
 
 def _check(prev, curr, token, role, norm_weight, norm_bias, mode) -> None:
@@ -92,7 +94,83 @@ def _check(prev, curr, token, role, norm_weight, norm_bias, mode) -> None:
     _validate.one_device(op, **tensors)
 
 
-@backend.op(reference=patch_delta_reference, facts=_facts)
+def _forward_fake(prev, curr, token, role, norm_weight, norm_bias, mode, eps, out_dtype, stream_dtype):
+    base = prev if prev is not None else curr
+    batch, patches, width = base.shape
+    length = 1 + patches * (2 if mode == "pair" else 1)
+    stream = base.new_empty((batch, length, width), dtype=stream_dtype)
+    return stream, base.new_empty(stream.shape, dtype=out_dtype), base.new_empty((2, batch * length), dtype=torch.float32)
+
+
+_forward = _triton.define(
+    "patch_delta_forward(Tensor? prev, Tensor? curr, Tensor token, Tensor? role, Tensor norm_weight, Tensor norm_bias, str mode,"
+    " float eps, ScalarType out_dtype, ScalarType stream_dtype) -> (Tensor, Tensor, Tensor)",
+    module="patch_delta",
+    fake=_forward_fake,
+)
+
+
+def _backward_fake(stream, norm_weight, statistics, d_stream, d_normed, mode, prev_dtype, curr_dtype, want_token, want_sums):
+    batch, length, width = stream.shape
+    features = (batch, (length - 1) // 2 if mode == "pair" else length - 1, width)
+    return (
+        stream.new_empty(features if prev_dtype else (0,), dtype=prev_dtype or torch.float32),
+        stream.new_empty(features if curr_dtype else (0,), dtype=curr_dtype or torch.float32),
+        stream.new_empty((batch, width) if want_token else (0,), dtype=torch.float32),
+        stream.new_empty((4, width), dtype=torch.float32),
+    )
+
+
+_backward = _triton.define(
+    "patch_delta_backward(Tensor stream, Tensor norm_weight, Tensor statistics, Tensor? d_stream, Tensor? d_normed, str mode,"
+    " ScalarType? prev_dtype, ScalarType? curr_dtype, bool want_token, bool want_sums) -> (Tensor, Tensor, Tensor, Tensor)",
+    module="patch_delta",
+    fake=_backward_fake,
+)
+
+
+class _PatchDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, prev, curr, token, role, norm_weight, norm_bias, mode, eps, out_dtype, stream_dtype):
+        stream, normed, statistics = _forward(prev, curr, token, role, norm_weight, norm_bias, mode, eps, out_dtype, stream_dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(stream, norm_weight, statistics)
+        ctx.mode, ctx.token_shape = mode, token.shape
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (prev, curr, token, role, norm_weight, norm_bias))
+        return stream, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_stream, d_normed):
+        if d_stream is None and d_normed is None:
+            return (None,) * 10
+        prev, curr, token, role, weight, bias = (
+            dtype if wanted else None for dtype, wanted in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
+        )  # the dtypes of the gradients that are wanted
+        stream, norm_weight, statistics = ctx.saved_tensors
+        want_sums = any(dtype is not None for dtype in (role, weight, bias))
+        d_prev, d_curr, d_token, sums = _backward(
+            stream, norm_weight, statistics, d_stream, d_normed, ctx.mode, prev, curr, token is not None, want_sums
+        )
+        if token is not None:
+            if ctx.token_shape.numel() == d_token.shape[-1]:
+                d_token = d_token.sum(0)  # one token for every clip
+            d_token = d_token.reshape(ctx.token_shape).to(token)
+        return (
+            None if prev is None else d_prev,
+            None if curr is None else d_curr,
+            None if token is None else d_token,
+            None if role is None else sums[:2].to(role),
+            None if weight is None else sums[2].to(weight),
+            None if bias is None else sums[3].to(bias),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+@backend.op(reference=patch_delta_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
 def patch_delta(
     prev: torch.Tensor | None,
     curr: torch.Tensor | None,
@@ -125,7 +203,19 @@ def patch_delta(
         ValueError: shapes, devices, mode. TypeError: dtypes.
     """
     _check(prev, curr, token, role, norm_weight, norm_bias, mode)
-    backend.choose(patch_delta, impl, _facts(prev, curr, token, role, norm_weight, norm_bias))
+    facts = _facts(prev, curr, token, role, norm_weight, norm_bias, out_dtype=out_dtype, stream_dtype=stream_dtype)
+    if backend.choose(patch_delta, impl, facts) == "triton":
+        stream_dtype = stream_dtype or torch.promote_types((prev if prev is not None else curr).dtype, token.dtype)
+        args = (
+            None if mode == "current" else prev,
+            None if mode == "previous" else curr,
+            token,
+            None if mode == "previous" else role,
+            norm_weight,
+            norm_bias,
+        )
+        run = _PatchDelta.apply if _triton.needs_grad(*args) else _forward
+        return run(*args, mode, eps, out_dtype or stream_dtype, stream_dtype)[:2]
     return patch_delta_reference(
         prev, curr, token, role, norm_weight, norm_bias, mode=mode, eps=eps, out_dtype=out_dtype, stream_dtype=stream_dtype
     )

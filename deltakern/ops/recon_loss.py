@@ -19,9 +19,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from deltakern import backend
-from deltakern.ops import _validate
+from deltakern.ops import _triton, _validate
 
 KINDS = ("log_cosh", "smooth_l1", "mse")
 
@@ -42,7 +43,49 @@ def _facts(pred, target, **_) -> backend.Facts:
     return backend.Facts(pred.device.type, (pred.dtype, target.dtype))
 
 
-@backend.op(reference=recon_loss_reference, facts=_facts)
+def _forward_fake(pred, target, kind, beta, unit_dtype):
+    unit = pred.new_empty(pred.shape if unit_dtype else (0,), dtype=unit_dtype or torch.float32)
+    return pred.new_empty((), dtype=torch.float32), unit
+
+
+_forward = _triton.define(
+    "recon_loss_forward(Tensor pred, Tensor target, str kind, float beta, ScalarType? unit_dtype) -> (Tensor, Tensor)",
+    module="recon_loss",
+    fake=_forward_fake,
+)
+
+
+def _backward_fake(unit, d_loss, pred_dtype, target_dtype):
+    return tuple(unit.new_empty(unit.shape if dtype else (0,), dtype=dtype or torch.float32) for dtype in (pred_dtype, target_dtype))
+
+
+_backward = _triton.define(
+    "recon_loss_backward(Tensor unit, Tensor d_loss, ScalarType? pred_dtype, ScalarType? target_dtype) -> (Tensor, Tensor)",
+    module="recon_loss",
+    fake=_backward_fake,
+)
+
+
+class _ReconLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred, target, kind, beta):
+        ctx.dtypes = tuple(t.dtype if wanted else None for t, wanted in zip((pred, target), ctx.needs_input_grad, strict=False))
+        # A derivative within [-1, 1] loses nothing in a gradient's own dtype; that of "mse" could overflow float16.
+        kept = [dtype for dtype in ctx.dtypes if dtype is not None]
+        unit_dtype = torch.float32 if kind == "mse" else torch.promote_types(kept[0], kept[-1])
+        mean, unit = _forward(pred, target, kind, beta, unit_dtype)
+        ctx.save_for_backward(unit)
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss):
+        (unit,) = ctx.saved_tensors
+        grads = _backward(unit, d_loss, *ctx.dtypes)
+        return (*(g if dtype is not None else None for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None)
+
+
+@backend.op(reference=recon_loss_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
 def recon_loss(pred: torch.Tensor, target: torch.Tensor, *, kind: str = "log_cosh", beta: float = 0.1, impl: str = "auto") -> torch.Tensor:
     """The mean loss of ``pred`` against ``target``. The module's docstring is the contract.
 
@@ -61,5 +104,8 @@ def recon_loss(pred: torch.Tensor, target: torch.Tensor, *, kind: str = "log_cos
         raise ValueError(f"recon_loss: beta must be positive, got {beta}")
     _validate.floating("recon_loss", pred=pred, target=target)
     _validate.one_device("recon_loss", pred=pred, target=target)
-    backend.choose(recon_loss, impl, _facts(pred, target))
+    if backend.choose(recon_loss, impl, _facts(pred, target)) == "triton":
+        if _triton.needs_grad(pred, target):
+            return _ReconLoss.apply(pred, target, kind, beta)
+        return _forward(pred, target, kind, beta, None)[0]
     return recon_loss_reference(pred, target, kind=kind, beta=beta)

@@ -47,9 +47,9 @@ def residual_norm_reference(
     return total, normed.to(out_dtype or stream.dtype)
 
 
-def _facts(stream, branch, scale, weight, bias, **_) -> backend.Facts:
-    tensors = [t for t in (stream, branch, scale, weight, bias) if t is not None]
-    return backend.Facts(stream.device.type, tuple(t.dtype for t in tensors), backend.too_wide(stream.shape[-1]))
+def _facts(stream, branch, scale, weight, bias, *, out_dtype=None, **_) -> backend.Facts:
+    dtypes = [t.dtype for t in (stream, branch, scale, weight, bias) if t is not None]
+    return backend.Facts(stream.device.type, (*dtypes, out_dtype or stream.dtype), backend.too_wide(stream.shape[-1]))
 
 
 def _check(stream, branch, scale, weight, bias) -> None:
@@ -167,7 +167,7 @@ def residual_norm(
         ValueError: shapes, devices. TypeError: dtypes.
     """
     _check(stream, branch, scale, weight, bias)
-    if backend.choose(residual_norm, impl, _facts(stream, branch, scale, weight, bias)) == "triton":
+    if backend.choose(residual_norm, impl, _facts(stream, branch, scale, weight, bias, out_dtype=out_dtype)) == "triton":
         out_dtype = out_dtype or stream.dtype
         if _triton.needs_grad(stream, branch, scale, weight, bias):
             return _ResidualNorm.apply(stream, branch, scale, weight, bias, eps, out_dtype)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from deltakern import backend
-from deltakern.ops import _validate
+from deltakern.ops import _triton, _validate
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -27,7 +28,31 @@ def _facts(gate_up, **_) -> backend.Facts:
     return backend.Facts(gate_up.device.type, (gate_up.dtype,))
 
 
-@backend.op(reference=swiglu_reference, facts=_facts)
+_forward = _triton.define(
+    "swiglu_forward(Tensor gate_up) -> Tensor",
+    module="swiglu",
+    fake=lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+)
+_backward = _triton.define(
+    "swiglu_backward(Tensor gate_up, Tensor d_out) -> Tensor",
+    module="swiglu",
+    fake=lambda gate_up, d_out: gate_up.new_empty(gate_up.shape),
+)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        return _forward(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return _backward(*ctx.saved_tensors, d_out)
+
+
+@backend.op(reference=swiglu_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
 def swiglu(gate_up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """``silu(gate) * up`` of (..., 2I) -> (..., I), gate first. The module's docstring is the contract.
 
@@ -37,5 +62,6 @@ def swiglu(gate_up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: gate_up must be (...,2I), got {_validate.wanted_shape(gate_up)}")
     _validate.floating("swiglu", gate_up=gate_up)
-    backend.choose(swiglu, impl, _facts(gate_up))
+    if backend.choose(swiglu, impl, _facts(gate_up)) == "triton":
+        return _SwiGLU.apply(gate_up) if _triton.needs_grad(gate_up) else _forward(gate_up)
     return swiglu_reference(gate_up)

@@ -99,6 +99,10 @@ def residual_norm_backward_kernel(
         tl.store(to + 2 * WIDTH, sum_bias, mask=inside)
 
 
+def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
 def residual_norm_forward(
     stream: torch.Tensor,
     branch: torch.Tensor,
@@ -119,7 +123,7 @@ def residual_norm_forward(
     size = tile("residual_norm_forward", width, stream.dtype, _triton.architecture(stream.device))
     _triton.launch(
         residual_norm_forward_kernel, (triton.cdiv(count, size.rows),), size,
-        s, b, scale, weight, bias, total, normed, statistics,
+        s, b, *map(_dense, (scale, weight, bias)), total, normed, statistics,
         count, s.shape[1], s.stride(0), s.stride(1), b.stride(0), b.stride(1), eps,
         WIDTH=width, ROWS=size.rows, BLOCK=size.block, HAS_SCALE=scale is not None, HAS_NORM=norm, HAS_BIAS=bias is not None,
     )  # fmt: skip
@@ -155,7 +159,7 @@ def residual_norm_backward(
     dn = _triton.rows(d_normed) if norm else b
     _triton.launch(
         residual_norm_backward_kernel, (programs,), size,
-        t, b, scale, weight, statistics, dt, dn, d_stream, d_branch, partials,
+        t, b, _dense(scale), _dense(weight), statistics, dt, dn, d_stream, d_branch, partials,
         count, b.shape[1], b.stride(0), b.stride(1), dt.stride(0), dt.stride(1), dn.stride(0), dn.stride(1),
         triton.cdiv(tiles, programs) * size.rows,
         WIDTH=width, ROWS=size.rows, BLOCK=size.block, HAS_SCALE=scale is not None, HAS_NORM=norm, HAS_D_TOTAL=d_total is not None,
