@@ -213,13 +213,19 @@ def _choose_once(name: str, impl: str, facts: Facts, want: str | None, is_strict
     return found.chosen
 
 
+def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function of plain constants that torch.compile calls while tracing, taking its result for a constant.
+
+    It sets what ``torch.compiler.assume_constant_result`` sets; calling that would import Dynamo, and with it Triton, for everybody.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@traced_once
 def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], note: str) -> str:
     # Plain arguments: under torch.compile this runs once, at trace time, and a NamedTuple does not survive the passage.
     return _choose_once(name, impl, Facts(device, dtypes, note), preferred(), strict())
-
-
-# What torch.compiler.assume_constant_result sets; calling it would import Dynamo, and with it Triton, for everybody
-_choose._dynamo_marked_constant = True
 
 
 def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deltakern.backend import traced_once
+
 BACKENDS = ("auto", "flash-attn", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math")
 _SDPA = {
     "sdpa-flash": [SDPBackend.FLASH_ATTENTION],
@@ -38,7 +40,7 @@ def check_backend(name: str) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@traced_once
 def _use_flash_attn(name: str, device: str, dtype: torch.dtype) -> bool:
     if name == "flash-attn":
         return True
