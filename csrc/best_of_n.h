@@ -120,10 +120,10 @@ DK_INLINE float widen_float16(uint16_t bits) {
 // a * b + c off, so that every instruction set rounds alike; `fused` alone may use one instruction, and only log_cosh calls it.
 
 template <class V>
-struct Bits;  // the integers of V's width
+struct Bits;  // the unsigned integers of V's width
 template <>
 struct Bits<float> {
-  using Int = int32_t;
+  using Word = uint32_t;
 };
 
 template <class To, class From>
@@ -141,8 +141,8 @@ DK_INLINE V splat(float x) {
 
 template <class V>
 DK_INLINE V magnitude(V x) {
-  using Int = typename Bits<V>::Int;
-  return bit_cast<V>(static_cast<Int>(bit_cast<Int>(x) & 0x7fffffff));
+  using Word = typename Bits<V>::Word;
+  return bit_cast<V>(static_cast<Word>(bit_cast<Word>(x) & 0x7fffffffu));
 }
 
 // min(x, limit), and `limit` where x is NaN
@@ -186,7 +186,7 @@ __device__ __forceinline__ float less_half<float>(float a, float b) {
 // Both are within 3e-7 relative; see tests/test_extension.py.
 template <class V>
 DK_INLINE V log_cosh(V x) {
-  using Int = typename Bits<V>::Int;
+  using Word = typename Bits<V>::Word;
   const V z = x * x;
   V small = splat<V>(-2.56173025e-05f);
   small = fused<V>(small, z, splat<V>(0.00017619862f));
@@ -207,7 +207,7 @@ DK_INLINE V log_cosh(V x) {
   e = fused<V>(e, f, splat<V>(0.240221068f));
   e = fused<V>(e, f, splat<V>(0.693147182f));
   e = fused<V>(e, f, splat<V>(1.00000012f));
-  e = bit_cast<V>(static_cast<Int>(bit_cast<Int>(e) + (bit_cast<Int>(shifted) << 23)));
+  e = bit_cast<V>(static_cast<Word>(bit_cast<Word>(e) + (bit_cast<Word>(shifted) << 23)));  // times 2^round(y)
   V q = splat<V>(0.152762681f);
   q = fused<V>(q, e, splat<V>(-0.244727269f));
   q = fused<V>(q, e, splat<V>(0.333085179f));

@@ -37,7 +37,7 @@ constexpr int kVectors = kLanes / kWidth;
 
 template <>
 struct Bits<Vec> {
-  using Int = Ints;
+  using Word = Words;
 };
 
 namespace {

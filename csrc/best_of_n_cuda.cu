@@ -9,8 +9,10 @@
 
 #ifdef DELTAKERN_CUDA_SHIM
 #define DK_LAUNCH LAUNCH
+#define DK_NOINLINE __attribute__((noinline))
 #else
 #include <cuda_runtime.h>
+#define DK_NOINLINE __noinline__
 #define DK_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #endif
 
@@ -125,7 +127,7 @@ struct Vectors {
   }
 };
 
-__device__ __noinline__ float read_element(const Problem& p, int64_t row, int64_t i) {
+__device__ DK_NOINLINE float read_element(const Problem& p, int64_t row, int64_t i) {
   return read(p.candidates, p.candidate_type, row + offset_of(p.candidate_span, i));
 }
 
@@ -215,7 +217,7 @@ template <class Rows, class Formula>
 __global__ void __launch_bounds__(kMaxWarps * 32, Rows::kResident)
     best_rows(const __grid_constant__ Problem p, const CudaPlan plan, const Outputs out, const double scale, const int64_t first_item) {
   constexpr int kPiece = Rows::kPiece, kStep = 32 * kPiece;
-  __shared__ alignas(16) float target[kCudaBlock];
+  alignas(16) __shared__ float target[kCudaBlock];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t item = first_item + blockIdx.x;
   const int64_t tile = item % plan.tiles, block = item / plan.tiles % plan.blocks, group = item / plan.tiles / plan.blocks;
