@@ -1,4 +1,4 @@
-"""Imports run one way: cli -> report, demo, doctor -> data, models -> nn -> ops -> backend."""
+"""Imports run one way: cli -> report, demo, doctor, training -> data, models -> nn -> ops -> backend."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "deltakern"
 # What each room may import of the package, itself included.
 ALLOWED = {
+    "_extras": set(),
     "backend": set(),
     "ops": {"backend", "ops"},
     "cases": {"backend", "ops", "cases"},
     "nn": {"backend", "ops", "nn"},
     "models": {"backend", "ops", "nn", "models"},
-    "data": {"data", "models"},
-    "report": {"backend", "ops", "cases", "nn", "models", "data", "report"},
+    "data": {"_extras", "data", "models"},
+    "training": {"_extras", "backend", "ops", "nn", "models", "data", "training"},
+    "report": {"_extras", "backend", "ops", "cases", "nn", "models", "data", "report"},
     "doctor": {"backend", "ops", "cases", "doctor", "report"},
-    "demo": {"backend", "ops", "nn", "models", "data", "report", "demo"},
-    "cli": {"backend", "ops", "cases", "models", "data", "report", "doctor", "demo", "cli"},
+    "demo": {"_extras", "backend", "ops", "nn", "models", "data", "report", "demo"},
+    "cli": {"_extras", "backend", "ops", "cases", "models", "data", "training", "report", "doctor", "demo", "cli"},
     "__init__": {"backend", "ops", "models", "nn"},
 }
 

@@ -1,6 +1,10 @@
-"""Data: reading video, and the clip that comes with the package."""
+"""Data: reading video, drawing clips, the token store, and the clip that comes with the package."""
 
 from pathlib import Path
+
+from deltakern.data.store import TokenDataset
+
+__all__ = ["CLIP", "CLIP_ATTRIBUTION", "TokenDataset"]
 
 CLIP = Path(__file__).parent / "clips" / "bigbuckbunny.mp4"
 """The bundled clip, an excerpt of Big Buck Bunny; see :data:`CLIP_ATTRIBUTION`."""

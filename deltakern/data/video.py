@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from deltakern._extras import require
 
-__all__ = ["Clip", "VideoError", "read_clip"]
+__all__ = ["Clip", "VideoError", "frame_times", "read_clip"]
 
 MULTIPLE = 16  # the patch size: height and width of an int ``size`` come out as multiples of it
 SLACK = 1e-3  # seconds; see the module's docstring
@@ -129,6 +129,24 @@ def read_clip(
             shown_at.append(shown.time)
             last = shown
         return Clip(torch.stack(frames), torch.tensor(shown_at, dtype=torch.float64), source.fps)
+
+
+def frame_times(path: str | os.PathLike[str]) -> torch.Tensor:
+    """When every frame of a video file is shown, found without decoding them.
+
+    Returns:
+        (F,) float64, increasing seconds from the first frame.
+
+    Raises:
+        VideoError: the file is missing, empty, without video, or its first frame cannot be decoded.
+        MissingExtraError: PyAV is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"{path}: no such file")
+    with _File(path) as source:
+        ticks = source.ticks()
+        return torch.tensor(ticks, dtype=torch.float64) * float(source.stream.time_base)
 
 
 def _hw(frame: torch.Tensor) -> str:
@@ -318,6 +336,17 @@ class _File:
             self._open()
         self.fresh = False
         yield from self._shown()
+
+    def ticks(self) -> list[int]:
+        """Presentation times of all frames from the first that is shown, increasing, in units of the stream's time base."""
+        self.container.close()
+        self._open()
+        self.fresh = False
+        try:
+            packets = [p.pts for p in self.container.demux(self.stream) if p.pts is not None and not p.is_discard]
+        except self.av.FFmpegError as problem:
+            raise VideoError(f"{self.path}: damaged ({_reason(problem)})") from problem
+        return sorted({pts - self.origin for pts in packets if pts > self.origin} | {0})
 
     def jump_pays(self, at: float, time: float) -> bool:
         """Whether a keyframe lies well after ``at`` and not after ``time``, so that seeking saves decoding."""
