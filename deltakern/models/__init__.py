@@ -4,5 +4,19 @@ from deltakern.models.deltatok import DeltaTok, Savings
 from deltakern.models.deltaworld import DeltaWorld
 from deltakern.models.dinov3 import DINOv3, DINOv3Config
 from deltakern.models.dinoworld import DINOWorld
+from deltakern.models.sampling import Futures, score, top
+from deltakern.models.stream import StaleCacheError, Stream
 
-__all__ = ["DINOWorld", "DINOv3", "DINOv3Config", "DeltaTok", "DeltaWorld", "Savings"]
+__all__ = [
+    "DINOWorld",
+    "DINOv3",
+    "DINOv3Config",
+    "DeltaTok",
+    "DeltaWorld",
+    "Futures",
+    "Savings",
+    "StaleCacheError",
+    "Stream",
+    "score",
+    "top",
+]

@@ -8,7 +8,11 @@ import torch
 from torch import nn
 
 from deltakern import ops
+from deltakern.models import sampling
 from deltakern.models.deltatok import DeltaTok, Savings
+from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
+from deltakern.models.stream import Stream
+from deltakern.models.validate import check_frames, check_positive
 from deltakern.models.world import World, axis_angles, rotate_axes
 
 
@@ -63,6 +67,10 @@ class DeltaWorld(World):
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.backbone = tokenizer.backbone
         self.predictor = self._make_predictor()
+        self._graphs = sampling.Graphs()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": sampling.Graphs()}
 
     def train(self, mode: bool = True) -> DeltaWorld:
         """Sets the predictor's mode; backbone and tokenizer stay in evaluation mode."""
@@ -187,3 +195,167 @@ class DeltaWorld(World):
         if own_kv is None:
             return fresh
         return [(torch.cat((k0, k), 2), torch.cat((v0, v), 2)) for (k0, v0), (k, v) in zip(own_kv, fresh, strict=True)]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: torch.Tensor,
+        timestamps: torch.Tensor,
+        horizon: int,
+        num_samples: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        queries: torch.Tensor | None = None,
+        seed: int | None = None,
+        noise: str = "normal",
+        memory_budget: int = MEMORY_BUDGET,
+        cuda_graph: bool = True,
+    ) -> torch.Tensor:
+        """Futures of a clip as delta tokens; nothing is decoded. The tokens are those of :meth:`forward`'s rollout for the same noise.
+
+        Args:
+            z: (B,C,D) delta tokens of the context.
+            timestamps: (B,C+h) seconds, of the context and of the frames to predict.
+            horizon: h, how many frames to predict, one after the other.
+            num_samples: S futures a clip; ``num_samples_eval`` by default.
+            generator: draws the noise as the release does, one step after the other.
+            queries: (B,S,h,D) noise, instead of drawing it.
+            seed: draws the noise of clip b, sample s and step t as a function of (seed, b, s, t): sample 7 of 20 is sample 7
+                of 4,000. One of generator, queries and seed; none of them is torch's global generator.
+            noise: with ``seed``, "normal", "antithetic" (sample 2i+1 negates sample 2i) or "sobol" (quasi-random); see
+                :class:`deltakern.models.noise.IndexedNoise`.
+            memory_budget: bytes that are used at once besides inputs and results; the samples are cut into portions that fit.
+            cuda_graph: on a GPU, capture the steps once for each shape and replay them. False launches every kernel anew.
+
+        Returns:
+            (B,S,h,D) in z's dtype. No gradient.
+
+        Raises:
+            ValueError: shapes, timestamps that go backwards, noise arguments that do not fit together. TypeError: dtypes.
+            A context of more than 7 tokens, longer than the released models were trained on, warns once.
+        """
+        if not isinstance(z, torch.Tensor) or z.ndim != 3 or z.shape[1] == 0 or z.shape[2] != self.backbone.hidden_size:
+            got = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+            raise ValueError(f"z must be (B,C,D) delta tokens with C at least 1 and D={self.backbone.hidden_size}, got {got}")
+        num_samples = self.num_samples if num_samples is None else num_samples
+        check_positive(horizon=horizon, num_samples=num_samples, memory_budget=memory_budget)
+        batch, context = z.shape[:2]
+        sampling.check_times(timestamps, (batch, context + horizon), "(B,C+h)")
+        sampling.warn_of_long_context(context)
+        timestamps = timestamps.to(z.device)
+        shape = (batch, num_samples, horizon)
+        plan = NoisePlan(self, shape, z, queries=queries, generator=generator, seed=seed, noise=noise)
+        return sampling.sample(
+            self,
+            self.predictor.project(z),
+            timestamps[:, :context],
+            timestamps[:, context:],
+            num_samples,
+            plan,
+            z,
+            memory_budget=memory_budget,
+            cuda_graph=cuda_graph,
+        )
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+        which: Which = "all",
+        *,
+        size: tuple[int, int] | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> torch.Tensor:
+        """Features of sampled tokens.
+
+        Args:
+            tokens: (B,S,h,D) of :meth:`sample`.
+            features: (B,N,D) of the last context frame.
+            which: "all" samples and frames; "last": of all samples the last frame; or indices of samples, an int, (K,), or (B,K),
+                of which all frames are decoded; or a function of the tokens that returns such indices.
+            size: (height, width) of the frames in pixels; by default N patches are taken as a square.
+            memory_budget: bytes that are used at once besides inputs and results.
+
+        Returns:
+            (B,K,F,N,D), F = h or 1, in the order of the indices. Frames come one after the other, so that a sample's last
+            frame costs h decodes. No gradient.
+
+        Raises:
+            ValueError: shapes, indices.
+        """
+        if tokens.ndim != 4 or features.ndim != 3 or tokens.shape[0] != features.shape[0] or tokens.shape[3] != features.shape[2]:
+            raise ValueError(f"tokens must be (B,S,h,D) and features (B,N,D), got shapes {tuple(tokens.shape)} and {tuple(features.shape)}")
+        check_positive(memory_budget=memory_budget)
+        indices = sampling.chosen_samples(which, tokens)
+        if indices is None:
+            raise ValueError("which must name samples to decode, got 'none'")
+        height, width = sampling.grid_size(features.shape[1], size, self.backbone.patch_size)
+        picked = tokens.gather(1, indices[:, :, None, None].expand(-1, -1, *tokens.shape[2:]))
+        rope = self.tokenizer._rope(features.new_empty((1, 1)).expand(height, width))
+        return sampling.decode(
+            self.tokenizer, picked, features, rope, last_only=isinstance(which, str) and which == "last", memory_budget=memory_budget
+        )
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        frames: torch.Tensor,
+        timestamps: torch.Tensor,
+        horizon: int,
+        num_samples: int | None = None,
+        decode: Which = "all",
+        *,
+        generator: torch.Generator | None = None,
+        queries: torch.Tensor | None = None,
+        seed: int | None = None,
+        noise: str = "normal",
+        memory_budget: int = MEMORY_BUDGET,
+        cuda_graph: bool = True,
+    ) -> Futures:
+        """Futures of a clip of context frames: sampled as tokens, decoded as far as asked for.
+
+        Args:
+            frames: uint8 (B,C,3,H,W), the context alone.
+            timestamps: (B,C+h) seconds, of the context and of the frames to predict.
+            decode: what to decode, as ``which`` of :meth:`decode`, or "none".
+            The rest as in :meth:`sample`.
+
+        Returns:
+            :class:`deltakern.models.Futures`; :meth:`decode` makes further features of its tokens, ``last`` and ``size``.
+
+        Raises:
+            As :meth:`sample` and :meth:`decode`.
+        """
+        check_frames(frames, self.backbone.patch_size)
+        check_positive(horizon=horizon)
+        sampling.check_times(timestamps, (frames.shape[0], frames.shape[1] + horizon), "(B,C+h)")
+        features = self.tokenizer.features(frames)
+        rope = self.tokenizer._rope(frames)
+        context = self.tokenizer.tokenize_offline(self.tokenizer.black_features(frames), features, rope).squeeze(2)
+        tokens = self.sample(
+            context,
+            timestamps,
+            horizon,
+            num_samples,
+            generator=generator,
+            queries=queries,
+            seed=seed,
+            noise=noise,
+            memory_budget=memory_budget,
+            cuda_graph=cuda_graph,
+        )
+        last, size = features[:, -1].clone(), tuple(frames.shape[-2:])
+        return self._futures(tokens, last, size, timestamps[:, -horizon:], context, decode, memory_budget)
+
+    def _futures(self, tokens, last, size, times, context, which: Which, memory_budget: int) -> Futures:
+        """Decodes what ``which`` names."""
+        indices, features = sampling.chosen_samples(which, tokens), None
+        if indices is not None:
+            what = which if isinstance(which, str) else indices
+            features = self.decode(tokens, last, what, size=size, memory_budget=memory_budget)
+        return Futures(tokens, features, times, indices, context, last, size)
+
+    def stream(self, context: int = 4, *, first: str = "previous", cuda_graph: bool = True) -> Stream:
+        """Frames one at a time, as a camera gives them; futures at any moment. See :class:`deltakern.models.Stream`."""
+        return Stream(self, context, first=first, cuda_graph=cuda_graph)

@@ -75,7 +75,7 @@ class PredictorBlock(nn.Module):
         return Residual(stream, self.mlp(normed, scale2 if fold else None), None if fold else scale2.clone())
 
 
-class Predictor(nn.Module):
+class Predictor(PackedModule):
     """Blocks, LayerNorm and a linear head, under the released names.
 
     Args:
@@ -123,6 +123,19 @@ class Predictor(nn.Module):
     def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> list[KeysValues]:
         """Keys and values of memory tokens (B,T,Dm) in every block; they depend on no query."""
         return [block.attention.keys_values(memory, rotate) for block in self.blocks]
+
+    def project(self, memory: torch.Tensor) -> torch.Tensor:
+        """Keys and values of memory tokens (B,T,Dm) in all L blocks by one product: (2,L,B,T,H,d), keys first, not rotated.
+
+        The packed weight is a copy of the blocks' own, 2 L D Dm elements, made without gradient and kept as
+        :class:`deltakern.nn.PackedModule` says.
+        """
+        layers = [block.attention.kv_proj for block in self.blocks]
+        dtype = compute_dtype(memory.device.type, layers[0].weight.dtype)
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+        weight, bias = self.packed("kv", parameters, dtype, lambda *p: (torch.cat(p[::2]), torch.cat(p[1::2])))
+        together = F.linear(memory.to(dtype), weight, bias)
+        return together.unflatten(-1, (len(layers), 2, self.blocks[0].attention.num_heads, -1)).permute(3, 2, 0, 1, 4, 5)
 
     def forward(
         self, queries: torch.Tensor, memory: torch.Tensor | Sequence[KeysValues], rotate: Rotate | None, mix: Mix | Sequence[Mix]

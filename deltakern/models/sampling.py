@@ -1,0 +1,420 @@
+"""Sampling futures as delta tokens, decoding those that somebody wants to see, scoring them.
+
+The engine behind ``DeltaWorld.sample``, ``rollout``, ``decode`` and ``stream``. What it does not do over again, all of it exact:
+the context's keys and values are projected once for all samples, steps and layers, by one product; a generated token's once;
+nothing is decoded unless asked for; the samples' first decoded frames, which begin at the same features, share their patches'
+queries, keys and values in the decoder's first block.
+
+Work is cut into portions by a memory budget. A sample's noise does not depend on the portions; its tokens do as far as a matrix
+product's rounding depends on its number of rows, and no further.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltakern import ops
+from deltakern.models.noise import KINDS, IndexedNoise
+from deltakern.models.validate import check_positive
+from deltakern.nn import Block, PackedModule, Residual, attend
+from deltakern.nn.block import add_and_norm
+from deltakern.nn.packing import compute_dtype
+
+if TYPE_CHECKING:
+    from deltakern.models.deltatok import DeltaTok, Rope
+    from deltakern.models.deltaworld import DeltaWorld
+
+MEMORY_BUDGET = 1 << 30
+"""Bytes that a portion of samples or of decoded frames may take, besides inputs and results."""
+
+TRAINED_CONTEXT = 7
+"""Tokens that a query of the released models has seen at most: they were trained on clips of 8 frames."""
+
+GRAPHS_KEPT = 8
+
+Which = str | int | Sequence[int] | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Futures:
+    """What a rollout returns.
+
+    Attributes:
+        tokens: (B,S,h,D) delta tokens of every sample.
+        features: (B,K,F,N,D) decoded features of K samples, F = h frames or only the last; None where nothing was decoded.
+        timestamps: (B,h) seconds of the predicted frames.
+        indices: (B,K) which sample each of ``features`` is; None where nothing was decoded.
+        context: (B,C,D) delta tokens of the context.
+        last: (B,N,D) features of the last context frame, which ``DeltaWorld.decode`` starts from.
+        size: (height, width) of the frames in pixels.
+    """
+
+    tokens: torch.Tensor
+    features: torch.Tensor | None
+    timestamps: torch.Tensor
+    indices: torch.Tensor | None
+    context: torch.Tensor
+    last: torch.Tensor
+    size: tuple[int, int]
+
+
+def check_times(timestamps: torch.Tensor, shape: tuple[int, int], layout: str) -> None:
+    """Timestamps must be floating, (B, C+h), finite, and must not go backwards."""
+    if not isinstance(timestamps, torch.Tensor) or not timestamps.is_floating_point():
+        got = timestamps.dtype if isinstance(timestamps, torch.Tensor) else type(timestamps).__name__
+        raise TypeError(f"timestamps must be a floating tensor {layout} of seconds, got {got}")
+    if tuple(timestamps.shape) != shape:
+        raise ValueError(f"timestamps must be {layout} = {shape}, got a tensor of shape {tuple(timestamps.shape)}")
+    if bool((timestamps.diff(dim=1) >= 0).all()) and bool(timestamps.isfinite().all()):
+        return
+    if not bool(timestamps.isfinite().all()):
+        raise ValueError("timestamps must be finite seconds, got NaN or infinity")
+    clip, place = (timestamps.diff(dim=1) < 0).nonzero()[0].tolist()
+    earlier, later = timestamps[clip, place : place + 2].tolist()
+    raise ValueError(f"timestamps must not go backwards, got {later:g} s after {earlier:g} s at index {place + 1} of clip {clip}")
+
+
+_warned_long = False
+
+
+def warn_of_long_context(context: int) -> None:
+    """Warns once a process where more context tokens are given than the released models were trained on."""
+    global _warned_long
+    if context > TRAINED_CONTEXT and not _warned_long:
+        _warned_long = True
+        warnings.warn(
+            f"a context of {context} tokens is longer than trained on ({TRAINED_CONTEXT} in the released models); this works, the "
+            "predictions may be worse",
+            stacklevel=4,
+        )
+
+
+def stamp(module: nn.Module) -> tuple[Any, ...]:
+    """What changes when a parameter of ``module`` does: version counters and storages (writes through ``.data`` go unseen)."""
+    return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in module.parameters())
+
+
+def portions(clips: int, samples: int, at_once: int) -> Iterator[tuple[range, range]]:
+    """Cuts (clips, samples) into rectangles of at most ``at_once`` elements: whole clips where they fit, else parts of one."""
+    group, part = max(1, at_once // samples), min(samples, max(1, at_once))
+    for clip in range(0, clips, group):
+        for sample in range(0, samples, part):
+            yield range(clip, min(clip + group, clips)), range(sample, min(sample + part, samples))
+
+
+def _slice(part: range) -> slice:
+    return slice(part.start, part.stop)
+
+
+class NoisePlan:
+    """Where a rollout's queries come from: given, drawn as the release draws them, by seed and index, or learned."""
+
+    def __init__(
+        self,
+        world: DeltaWorld,
+        shape: tuple[int, int, int],
+        like: torch.Tensor,
+        *,
+        queries: torch.Tensor | None,
+        generator: torch.Generator | None,
+        seed: int | None,
+        noise: str,
+    ) -> None:
+        given = [name for name, value in (("queries", queries), ("generator", generator), ("seed", seed)) if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"queries, generator and seed are three ways to the noise, got {' and '.join(given)}")
+        if noise not in KINDS:
+            raise ValueError(f"noise must be one of {KINDS}, got {noise!r}")
+        if noise != "normal" and seed is None:
+            raise ValueError(f"noise={noise!r} is drawn by seed and sample index and needs seed=, got None")
+        batch, samples, horizon = shape
+        self._indexed, self._whole, self._like, self._horizon = None, None, like, horizon
+        if queries is not None:
+            world._check_queries(queries, shape, "(B,S,h,D)")
+            self._whole = queries
+        elif not world.use_bom:
+            if given:
+                raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
+            self._whole = world.q_embed.weight.expand(batch, samples, horizon, -1)
+        elif seed is not None:
+            self._indexed = IndexedNoise(seed, world.predictor_hidden_size, world.initializer_range, noise)
+        else:  # one draw a step, as in the release
+            steps = [world.noise(batch, samples, 1, device=like.device, dtype=like.dtype, generator=generator) for _ in range(horizon)]
+            self._whole = steps[0] if horizon == 1 else torch.cat(steps, 2)
+
+    def __call__(self, clips: range, samples: range) -> torch.Tensor:
+        """(b,s,h,D) for a portion."""
+        if self._indexed is not None:
+            return self._indexed.draw(clips, samples, self._horizon, device=self._like.device).to(self._like.dtype)
+        return self._whole[_slice(clips), _slice(samples)]
+
+
+def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """All steps of one portion.
+
+    Args:
+        keys, values: (L,B,T,H,d) of the context, keys rotated.
+        times: (B,h) seconds of the predicted frames.
+        noise: (B,s,h,D).
+
+    Returns:
+        (B,s,h,Dm) in noise's dtype. Shapes alone decide what is launched, so that it can be captured in a CUDA graph.
+    """
+    predictor = world.predictor
+    (batch, samples, horizon), layers = noise.shape[:3], range(len(keys))
+    context = [(keys[i], values[i]) for i in layers]
+    tokens = noise.new_empty((batch, samples, horizon, predictor.head.out_features))
+    own = keys.new_empty((2, len(keys), batch, samples, horizon - 1, *keys.shape[3:]))
+    for step in range(horizon):
+        time = times[:, step : step + 1]
+        mix = [world._mix(time, own=(own[0, i, :, :, :step], own[1, i, :, :, :step])) for i in layers] if step else world._mix(time)
+        tokens[:, :, step] = predictor(noise[:, :, step], context, None, mix)
+        if step + 1 < horizon:
+            fresh = predictor.project(tokens[:, :, step])
+            own[0, :, :, :, step] = world._rotate(time)(fresh[0])
+            own[1, :, :, :, step] = fresh[1]
+    return tokens
+
+
+class _Graph:
+    """``_steps`` for fixed shapes as one CUDA graph, with buffers of its own for inputs and result."""
+
+    def __init__(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> None:
+        self.inputs = [t.clone() for t in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles kernels and packs weights, neither of which can be captured
+            for _ in range(2):
+                _steps(world, *self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.tokens = _steps(world, *self.inputs)
+        # The graph reads packed weights by address: they must live as long as it does, and it is void once they are replaced
+        self.packed = [(m, dict(m._packed)) for m in world.predictor.modules() if isinstance(m, PackedModule)]
+
+    def valid(self) -> bool:
+        return all(m._packed.get(name) is entry for m, entries in self.packed for name, entry in entries.items())
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        for buffer, given in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(given)
+        self.graph.replay()
+        return self.tokens.clone()
+
+
+class Graphs:
+    """The captured graphs of one world, the latest :data:`GRAPHS_KEPT`, by shapes; all dropped when weights change."""
+
+    def __init__(self) -> None:
+        self._stamp: tuple[Any, ...] | None = None
+        self._kept: OrderedDict[Any, _Graph] = OrderedDict()
+
+    def run(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``_steps`` of the inputs, captured at the first call with their shapes and replayed from then on."""
+        now = stamp(world.predictor)
+        if now != self._stamp:
+            self._stamp = now
+            self._kept.clear()
+        dtype = compute_dtype("cuda", world.predictor.head.weight.dtype)
+        key = (dtype, *((tuple(t.shape), t.dtype, t.device) for t in inputs))
+        graph = self._kept.pop(key, None)
+        if graph is None or not graph.valid():
+            graph = _Graph(world, inputs)
+        self._kept[key] = graph
+        while len(self._kept) > GRAPHS_KEPT:
+            self._kept.popitem(last=False)
+        return graph(inputs)
+
+
+def _sample_bytes(world: DeltaWorld, memory: torch.Tensor, horizon: int) -> int:
+    """About what one sample of a portion takes: its own keys and values, noise and tokens, the MLP's and attention's activations."""
+    _, layers, _, _, heads, head = memory.shape
+    width, size = heads * head, memory.element_size()
+    hidden = world.predictor.blocks[0].mlp.up_proj.out_features
+    cached = 2 * layers * (horizon - 1) * width * size
+    wide = 4 * width * (2 * (horizon - 1) + 4)  # what the attention's reference casts to float32
+    return cached + wide + size * (3 * hidden + 8 * width) + 8 * horizon * width
+
+
+def sample(
+    world: DeltaWorld,
+    memory: torch.Tensor,
+    context_times: torch.Tensor,
+    times: torch.Tensor,
+    num_samples: int,
+    plan: NoisePlan,
+    like: torch.Tensor,
+    *,
+    memory_budget: int,
+    cuda_graph: bool,
+) -> torch.Tensor:
+    """Tokens (B,S,h,D) after a context.
+
+    Args:
+        memory: (2,L,B,T,H,d) of ``Predictor.project``.
+        context_times: (B,T); times: (B,h).
+        plan: the noise.
+        like: a tensor of the result's dtype.
+    """
+    keys, values = world._rotate(context_times)(memory[0]), memory[1]
+    batch, horizon = times.shape
+    tokens = like.new_empty((batch, num_samples, horizon, world.predictor.head.out_features))
+    at_once = memory_budget // _sample_bytes(world, memory, horizon)
+    for clips, samples in portions(batch, num_samples, at_once):
+        some = _slice(clips)
+        inputs = (keys[:, some], values[:, some], times[some], plan(clips, samples))
+        done = world._graphs.run(world, inputs) if cuda_graph and memory.is_cuda else _steps(world, *inputs)
+        tokens[some, _slice(samples)] = done
+    return tokens
+
+
+def chosen_samples(which: Which, tokens: torch.Tensor) -> torch.Tensor | None:
+    """(B,K) samples that ``which`` names of tokens (B,S,h,D); None for "none"."""
+    batch, samples = tokens.shape[:2]
+    if callable(which):
+        which = which(tokens)
+    if isinstance(which, str):
+        if which not in ("all", "last", "none"):
+            raise ValueError(f"decode must be 'all', 'last', 'none' or indices of samples, got {which!r}")
+        return None if which == "none" else torch.arange(samples, device=tokens.device).expand(batch, -1)
+    indices = torch.as_tensor(which, device=tokens.device)
+    if indices.dtype not in (torch.int64, torch.int32) or indices.ndim > 2:
+        raise ValueError(f"indices of samples must be integers, (K,) or (B,K), got {indices.dtype} of shape {tuple(indices.shape)}")
+    indices = indices.long() if indices.ndim == 2 else indices.long().reshape(1, -1).expand(batch, -1)
+    if indices.shape[0] != batch or indices.shape[1] == 0:
+        raise ValueError(f"indices of samples must be (K,) or (B,K) with B={batch} and K at least 1, got {tuple(indices.shape)}")
+    if bool(((indices < 0) | (indices >= samples)).any()):
+        raise ValueError(f"indices of samples must lie in 0..{samples - 1}, got {indices.flatten().tolist()[:8]}")
+    return indices
+
+
+def grid_size(patches: int, size: tuple[int, int] | None, patch_size: int) -> tuple[int, int]:
+    """(height, width) in pixels of frames of so many patches: as given, or square."""
+    if size is None:
+        side = round(patches**0.5)
+        if side * side != patches:
+            raise ValueError(f"size must be given as (height, width) in pixels, because N={patches} patches are no square")
+        return side * patch_size, side * patch_size
+    height, width = size
+    if height % patch_size or width % patch_size or (height // patch_size) * (width // patch_size) != patches:
+        raise ValueError(f"size must be (height, width) in pixels of N={patches} patches of {patch_size}, got {tuple(size)}")
+    return height, width
+
+
+def _first_block(block: Block, z: torch.Tensor, x: torch.Tensor, rope: Rope, stream_dtype: torch.dtype, rows: str) -> Residual:
+    """The decoder's first block for tokens z (b,s,D) that all begin at the same x (b,N,D): a Residual of b*s sequences.
+
+    The sequences [z_i ; x] differ in one row, so norm, projections, QK-norm and RoPE are taken of [z_1 .. z_s ; x] once. From the
+    attention on every row differs.
+    """
+    attention, samples, patches = block.attention, z.shape[1], x.shape[1]
+    dtype = compute_dtype(block.norm1.weight.device.type, block.norm1.weight.dtype)
+    (fold1, left1), (fold2, left2) = block._scales()
+    stream = torch.cat((z.to(stream_dtype), x.to(stream_dtype)), 1)
+    stream, normed = add_and_norm(Residual(stream), block.norm1, dtype)
+
+    def sequences(t: torch.Tensor) -> torch.Tensor:
+        """(b,s+N,...) to (b*s,1+N,...)."""
+        own, shared = t.split((samples, patches), 1)
+        return torch.cat((own[:, :, None], shared[:, None].expand(-1, samples, *shared.shape[1:])), 2).flatten(0, 1)
+
+    together = F.linear(normed, *attention._input_projection(dtype))
+    width = normed.shape[-1]
+    q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
+    q, k, v = (t.unflatten(-1, (attention.num_heads, attention.head_dim)) for t in (q, k, v))
+    order = attention.qk_norm or "pre_rope"
+    q, k = ops.rope_qk_norm(q, k, *rope, *attention.norm_weights(), order=order, num_prefix=samples, eps=attention.eps)
+    skip = 1 if rows == "rest" else 0
+    mixed = attend(sequences(q)[:, skip:], sequences(k), sequences(v), backend=attention.attention)
+    branch = attention._output(mixed, sequences(gate)[:, skip:] if attention.gated else None, fold1, dtype)
+    stream, normed = add_and_norm(Residual(sequences(stream)[:, skip:], branch, left1), block.norm2, dtype)
+    return Residual(stream, block.mlp(normed, fold2), left2)
+
+
+def _decode_first(tokenizer: DeltaTok, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """``DeltaTok.decode`` of z (b,s,D), all samples of a clip from the same x (b,N,D): (b,s,N,D)."""
+    if not tokenizer.use_delta:
+        x = tokenizer.xy_embed.weight[0].expand_as(x)
+    dtype = tokenizer.residual_dtype or torch.promote_types(x.dtype, z.dtype)
+    last = len(tokenizer.decoder_blocks) - 1
+    rows = ["rest" if i == last and tokenizer.savings.drop_row else "all" for i in range(last + 1)]
+    entry = _first_block(tokenizer.decoder_blocks[0], z, x, rope, dtype, rows[0])
+    for i, block in enumerate(tokenizer.decoder_blocks[1:], 1):
+        entry = block(entry, rope, num_prefix=1, rows=rows[i])
+    out = entry.add()
+    return (out if tokenizer.savings.drop_row else out[:, 1:]).unflatten(0, z.shape[:2])
+
+
+def _decode_bytes(tokenizer: DeltaTok, features: torch.Tensor) -> int:
+    """About what decoding one frame takes."""
+    _, patches, width = features.shape
+    hidden = tokenizer.decoder_blocks[0].mlp.up_proj.out_features
+    return (patches + 1) * (14 * width + 3 * hidden) * features.element_size()
+
+
+def decode(
+    tokenizer: DeltaTok, tokens: torch.Tensor, features: torch.Tensor, rope: Rope, *, last_only: bool, memory_budget: int
+) -> torch.Tensor:
+    """Features (B,K,F,N,D), F = h or 1, of tokens (B,K,h,D) that follow features (B,N,D)."""
+    batch, count, horizon = tokens.shape[:3]
+    out = None
+    for clips, samples in portions(batch, count, memory_budget // _decode_bytes(tokenizer, features)):
+        z, start = tokens[_slice(clips), _slice(samples)], features[_slice(clips)]
+        if len(samples) > 1:
+            x = _decode_first(tokenizer, z[:, :, 0], start, rope)
+        else:
+            x = tokenizer.decode(z[:, :, 0], start, rope)[:, None]
+        if out is None:
+            out = x.new_empty((batch, count, 1 if last_only else horizon, *x.shape[2:]))
+        for step in range(horizon):
+            if step:
+                x = tokenizer.decode(z[:, :, step].flatten(0, 1)[:, None], x.flatten(0, 1), rope).unflatten(0, z.shape[:2])
+            if not last_only or step == horizon - 1:
+                out[_slice(clips), _slice(samples), 0 if last_only else step] = x
+    return out
+
+
+def score(samples: torch.Tensor, goal: torch.Tensor, *, loss: str = "smooth_l1", beta: float = 0.1) -> torch.Tensor:
+    """How far every sample is from a goal, the mean loss; less is better.
+
+    Args:
+        samples: tokens (B,S,h,D), or features (B,S,F,N,D).
+        goal: of the last frame, (B,D) or (B,N,D), or of every frame, (B,h,D) or (B,F,N,D).
+        loss, beta: as in ``ops.best_of_n``.
+
+    Returns:
+        (B,S) float32 (float64 for float64 samples).
+
+    Raises:
+        ValueError: shapes, the loss.
+    """
+    if samples.ndim not in (4, 5):
+        raise ValueError(f"samples must be tokens (B,S,h,D) or features (B,S,F,N,D), got a tensor of shape {tuple(samples.shape)}")
+    whole = (samples.shape[0], *samples.shape[2:])
+    last = (samples.shape[0], *samples.shape[3:])
+    if tuple(goal.shape) not in (whole, last):
+        raise ValueError(f"goal must be {last}, of the last frame, or {whole}, of every frame, got a tensor of shape {tuple(goal.shape)}")
+    if goal.ndim == len(last):
+        samples = samples[:, :, -1]
+    return ops.best_of_n(samples, goal, loss=loss, beta=beta, reduce_dims=goal.ndim - 1, return_losses=True)[2]
+
+
+def top(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices (B,k) of the k least scores (B,S), best first; equal ones by index, NaN last.
+
+    Raises:
+        ValueError: k is not in 1..S.
+    """
+    check_positive(k=k)
+    if scores.ndim != 2 or k > scores.shape[1]:
+        raise ValueError(f"scores must be (B,S) with S at least k={k}, got a tensor of shape {tuple(scores.shape)}")
+    return scores.sort(dim=-1, stable=True).indices[:, :k]

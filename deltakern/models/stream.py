@@ -1,0 +1,228 @@
+"""Frames one at a time, as a camera gives them, and futures at any moment: the control loop's side of DeltaWorld."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from deltakern.models import sampling
+from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
+from deltakern.models.validate import check_frames, check_positive
+
+if TYPE_CHECKING:
+    from deltakern.models.deltaworld import DeltaWorld
+
+FIRSTS = ("previous", "black")
+
+
+class StaleCacheError(RuntimeError):
+    """Weights changed after a stream cached what it computed with them."""
+
+
+class Stream:
+    """A rolling window over the latest frames of one camera.
+
+    Each pushed frame costs one backbone pass and one encode, and one projection to keys and values, which are kept for the
+    window's tokens. Memory does not grow with the number of frames. Times are kept in float64 and rotated relative to the
+    window's latest frame, so that hours of video lose no precision.
+
+    In training the first token of every clip encodes its frame against black and so carries the scene; later ones carry changes.
+    Once the window has rolled, ``first="previous"`` leaves its first token as it was made, a change against a frame that
+    is no longer there: cheapest, and what the tokens of the whole video are. ``first="black"`` encodes the window's first frame
+    against black again, as in training, which costs one more encode when sampling for the first time after a push, and
+    keeps the features of the window's frames.
+
+    Args:
+        world: in evaluation mode; its weights must not change while the stream holds what they made.
+        context: frames in the window. More than 7 warns once, see ``DeltaWorld.sample``.
+        first: "previous" or "black".
+        cuda_graph: see ``DeltaWorld.sample``.
+
+    Example::
+
+        stream = world.stream()
+        for frame, seconds in camera:
+            stream.push(frame, seconds)
+            tokens = stream.sample([seconds + 0.2, seconds + 0.4], num_samples=64, seed=0)
+    """
+
+    def __init__(self, world: DeltaWorld, context: int = 4, *, first: str = "previous", cuda_graph: bool = True) -> None:
+        check_positive(context=context)
+        if first not in FIRSTS:
+            raise ValueError(f"first must be one of {FIRSTS}, got {first!r}")
+        sampling.warn_of_long_context(context)
+        self.world, self.context, self.first, self.cuda_graph = world, context, first, cuda_graph
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all frames; needed before a new video and after weights changed."""
+        self._stamp = None
+        self._count = 0
+        self._size: tuple[int, int] | None = None
+        self._features: list[torch.Tensor] = []  # (1,N,D) each: the last frame's, or the window's with first="black"
+        self._tokens: list[torch.Tensor] = []  # (1,1,D) each
+        self._projected: list[torch.Tensor] = []  # (2,L,1,1,H,d) each, keys not rotated
+        self._times: list[float] = []
+        self._anchor: tuple[torch.Tensor, torch.Tensor] | None = None  # token and projection of the first frame against black
+
+    def __len__(self) -> int:
+        """Frames pushed since the last reset."""
+        return self._count
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """(1,C,D) delta tokens of the window, as sampling would use them, oldest first.
+
+        Raises:
+            RuntimeError: before the first frame.
+        """
+        return self._window()[0]
+
+    @property
+    def timestamps(self) -> list[float]:
+        """Seconds of the window's frames, oldest first."""
+        return list(self._times)
+
+    @torch.no_grad()
+    def push(self, frame: torch.Tensor, timestamp: float | torch.Tensor) -> torch.Tensor:
+        """Takes the next frame.
+
+        Args:
+            frame: uint8 (3,H,W) or (1,3,H,W), always of one size.
+            timestamp: seconds, later than the last frame's or equal.
+
+        Returns:
+            (1,D) its delta token: against the frame before, the first against black.
+
+        Raises:
+            ValueError: the frame's shape or size, a timestamp that goes backwards. TypeError: not uint8.
+            StaleCacheError: weights changed since an earlier push.
+        """
+        tokenizer = self.world.tokenizer
+        if not isinstance(frame, torch.Tensor) or frame.ndim not in (3, 4) or (frame.ndim == 4 and frame.shape[0] != 1):
+            got = tuple(frame.shape) if isinstance(frame, torch.Tensor) else type(frame).__name__
+            raise ValueError(f"frame must be one frame, uint8 (3,H,W) or (1,3,H,W), got {got}")
+        frames = frame.reshape(1, 1, *frame.shape[-3:])
+        check_frames(frames, self.world.backbone.patch_size)
+        size = tuple(frames.shape[-2:])
+        if self._size not in (None, size):
+            raise ValueError(f"frame must be {self._size[0]} x {self._size[1]} as those before, got {size[0]} x {size[1]}; reset() first")
+        time = self._checked_time(timestamp)
+        self._check_weights()
+
+        features = tokenizer.features(frames)[:, 0]
+        before = self._features[-1] if self._features else tokenizer.black_features(frames)
+        token = tokenizer.encode(before, features, tokenizer._rope(frames))
+        self._size = size
+        self._features = [*self._features[1 - self.context :], features] if self.first == "black" and self.context > 1 else [features]
+        self._tokens.append(token)
+        self._projected.append(self.world.predictor.project(token))
+        self._times.append(time)
+        for kept in (self._tokens, self._projected, self._times):
+            del kept[: -self.context]
+        self._anchor = None
+        self._count += 1
+        return token[:, 0]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        timestamps: torch.Tensor | list[float],
+        num_samples: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        queries: torch.Tensor | None = None,
+        seed: int | None = None,
+        noise: str = "normal",
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> torch.Tensor:
+        """Futures of the window as delta tokens.
+
+        Args:
+            timestamps: (h,) seconds of the frames to predict, on the clock of :meth:`push`.
+            The rest as in ``DeltaWorld.sample``, with B=1.
+
+        Returns:
+            (1,S,h,D).
+
+        Raises:
+            RuntimeError: before the first frame. StaleCacheError: weights changed since a push.
+            ValueError: timestamps that go backwards, also from the last frame's; noise arguments.
+        """
+        tokens, projected = self._window()
+        world = self.world
+        times = torch.as_tensor(timestamps, dtype=torch.float64).reshape(-1)
+        num_samples = world.num_samples if num_samples is None else num_samples
+        check_positive(num_samples=num_samples, memory_budget=memory_budget)
+        if times.numel() == 0:
+            raise ValueError("timestamps must hold at least one frame to predict, got none")
+        every = torch.cat((torch.tensor(self._times, dtype=torch.float64), times.cpu()))[None]
+        sampling.check_times(every, (1, every.numel()), "(1,C+h)")
+        relative = (every - self._times[-1]).to(device=tokens.device, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        shape = (1, num_samples, times.numel())
+        plan = NoisePlan(world, shape, tokens, queries=queries, generator=generator, seed=seed, noise=noise)
+        return sampling.sample(
+            world,
+            projected,
+            relative[:, : len(self._times)],
+            relative[:, len(self._times) :],
+            num_samples,
+            plan,
+            tokens,
+            memory_budget=memory_budget,
+            cuda_graph=self.cuda_graph,
+        )
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        timestamps: torch.Tensor | list[float],
+        num_samples: int | None = None,
+        decode: Which = "all",
+        *,
+        memory_budget: int = MEMORY_BUDGET,
+        **noise,
+    ) -> Futures:
+        """Futures of the window, decoded as far as asked for: :meth:`sample`, then ``DeltaWorld.decode``.
+
+        Args:
+            decode: as in ``DeltaWorld.rollout``.
+            noise: generator, queries, seed or noise, as in :meth:`sample`.
+        """
+        tokens = self.sample(timestamps, num_samples, memory_budget=memory_budget, **noise)
+        times = torch.as_tensor(timestamps, dtype=torch.float64).reshape(1, -1)
+        last = self._features[-1]
+        return self.world._futures(tokens, last, self._size, times, self._window()[0], decode, memory_budget)
+
+    def _checked_time(self, timestamp: float | torch.Tensor) -> float:
+        time = float(timestamp)
+        if not math.isfinite(time):
+            raise ValueError(f"timestamp must be finite seconds, got {time}")
+        if self._times and time < self._times[-1]:
+            raise ValueError(f"timestamp must not go backwards, got {time:g} s after {self._times[-1]:g} s; reset() before a new video")
+        return time
+
+    def _check_weights(self) -> None:
+        now = sampling.stamp(self.world)
+        if self._count == 0:
+            self._stamp = now
+        elif now != self._stamp:
+            raise StaleCacheError("the model's weights changed since this stream's frames were pushed; call reset() and push them again")
+
+    @torch.no_grad()
+    def _window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (1,C,D) and their projection (2,L,1,C,H,d)."""
+        if self._count == 0:
+            raise RuntimeError("no frame was pushed yet; push at least one before sampling")
+        self._check_weights()
+        tokens, projected = self._tokens, self._projected
+        if self.first == "black" and self._count > self.context:
+            if self._anchor is None:
+                tokenizer, world = self.world.tokenizer, self.world
+                like = torch.empty((), dtype=torch.uint8, device=tokens[0].device).expand(1, 1, 3, *self._size)
+                token = tokenizer.encode(tokenizer.black_features(like), self._features[0], tokenizer._rope(like))
+                self._anchor = token, world.predictor.project(token)
+            tokens, projected = [self._anchor[0], *tokens[1:]], [self._anchor[1], *projected[1:]]
+        return torch.cat(tokens, 1), torch.cat(projected, 3)
