@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def meta(name: str, variant: str = "post_rope") -> dict[str, Any]:
 
 def state_dict_keys(model: str, variant: str = "post_rope") -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes in order of a released state dict: "deltatok" with one layer, or "predictor"."""
-    return [(_named(k, variant), tuple(shape)) for k, shape in _meta()["post_rope"]["state_dict_keys"][model]]
+    return [(named(k, variant), tuple(shape)) for k, shape in _meta()["post_rope"]["state_dict_keys"][model]]
 
 
 def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -52,12 +53,9 @@ def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _named(key: str, variant: str) -> str:
-    return (
-        key.replace("_norm.weight", "_norm_prerope.weight")
-        if variant == "pre_rope" and key.endswith(("q_norm.weight", "k_norm.weight"))
-        else key
-    )
+def named(key: str, variant: str) -> str:
+    """The name in ``variant`` of a tensor that "post_rope" calls ``key``."""
+    return re.sub(r"(?<=\.[qk]_norm)(?=\.weight$)", "_prerope", key) if variant == "pre_rope" else key
 
 
 @functools.cache
@@ -71,9 +69,9 @@ def _load(name: str, variant: str) -> dict[str, torch.Tensor]:
     changed = FOLDER / f"{name}_pre_rope.safetensors"
     if variant == "pre_rope" and changed.exists():
         stored |= load_file(changed)
-    elif variant == "pre_rope" and any(_named(k, variant) != k for k in drawn):
+    elif variant == "pre_rope" and any(named(k, variant) != k for k in drawn):
         stored = {}  # only the gradient norms of this variant were kept
-    return {_named(k, variant): v for k, v in {**drawn, **stored}.items()}
+    return {named(k, variant): v for k, v in {**drawn, **stored}.items()}
 
 
 def _drawn(name: str) -> dict[str, torch.Tensor]:

@@ -1,8 +1,11 @@
 """Every tensor that the released code computed is computed here again, in float32, within 1e-5 relative.
 
-Relative is the largest error over the root mean square of the golden tensor: stricter than either the largest error over the
-largest value or the RMS error over the RMS. Everything runs with the exact savings and with each of them switched off, with
-gradients (every step separate) and, where the golden files hold no gradient, without (weights packed, LayerScale folded).
+Relative is the largest error over the root mean square of the golden tensor, which is stricter than both the largest error over
+the largest value and RMS over RMS. Gradients are sums of cancelling terms, and the golden ones themselves differ from float64 by
+up to 1.5e-5 of their RMS: for them it is the largest error over the largest value.
+
+Everything runs with the exact savings and with each of them switched off, with gradients (every step separate) and, where the
+golden files hold no gradient, without (weights packed, LayerScale folded).
 """
 
 from __future__ import annotations
@@ -10,17 +13,13 @@ from __future__ import annotations
 import golden
 import pytest
 import torch
+from compare import relative_rmse
 from torch import nn
 
 from deltakern import DeltaTok, DeltaWorld, DINOv3, DINOWorld, ops
 from deltakern.models import DINOv3Config, Savings, checkpoint
 
 LIMIT = 1e-5
-SAVINGS = {
-    "all savings": Savings(),
-    "no savings": Savings.none(),
-    **{f"without {name}": Savings(**{name: False}) for name in Savings.__dataclass_fields__},
-}
 TOKENIZERS = [
     ("deltatok_default", "post_rope"),
     ("deltatok_default", "pre_rope"),
@@ -29,10 +28,17 @@ TOKENIZERS = [
     ("deltatok_plain", "post_rope"),
 ]
 
+# Without use_delta the decoder's patches are all alike, so its first block's attention gradients all but cancel. PyTorch's flash
+# attention leaves errors of 0.4e-5 to 4.6e-5 of their largest value in them, seen over ten inputs; its plain attention 0.7e-5.
+CANCELLING = {
+    f"decoder_blocks.0.attention.{name}" for name in ("q_proj.weight", "q_proj.bias", "k_proj.weight", "q_norm.weight", "k_norm.weight")
+}
 
-@pytest.fixture(params=SAVINGS)
-def savings(request) -> Savings:
-    return SAVINGS[request.param]
+
+def switching(*names: str):
+    """Runs a test with all savings, with none, and without each of those named."""
+    cases = {"all savings": Savings(), "no savings": Savings.none(), **{f"without {n}": Savings(**{n: False}) for n in names}}
+    return pytest.mark.parametrize("savings", list(cases.values()), ids=list(cases))
 
 
 @pytest.fixture(params=[True, False], ids=["with gradients", "without gradients"])
@@ -41,27 +47,25 @@ def gradients(request):
         yield request.param
 
 
-def assert_reproduced(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def assert_reproduced(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], error=None) -> None:
     """Every tensor of ``ours`` has the shape and, within LIMIT, the values of the same name in ``theirs``. Lists all that do not."""
     wrong = []
     for name, value in ours.items():
         value, truth = value.detach(), theirs[name]
         assert value.shape == truth.shape, f"{name}: shape {tuple(value.shape)}, golden {tuple(truth.shape)}"
         assert value.dtype == truth.dtype, f"{name}: {value.dtype}, golden {truth.dtype}"
-        error = relative_error(value, truth)
-        if not error <= LIMIT:
-            wrong.append(f"{name}: {error:.2e}")
+        found = (error or over_rms)(value.double(), truth.double())
+        if not found <= LIMIT:
+            wrong.append(f"{name}: {found:.2e}")
     assert not wrong, f"over {LIMIT}: {', '.join(wrong)}"
 
 
-def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    value, truth = value.double(), truth.double()
-    worst, size = (value - truth).abs().max().item(), truth.square().mean().sqrt().item()
-    return worst / size if size else worst
+def over_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value - truth).abs().max() / truth.square().mean().sqrt()).item()
 
 
-def norms(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    return {k: p.grad.norm() for k, p in parameters.items()}
+def over_largest(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value - truth).abs().max() / truth.abs().max()).item()
 
 
 def make_backbone() -> DINOv3:
@@ -79,10 +83,12 @@ def make_backbone() -> DINOv3:
     return backbone
 
 
-def make_tokenizer(name: str, variant: str, savings: Savings) -> DeltaTok:
+def make_tokenizer(name: str, variant: str, savings: Savings, **arguments) -> DeltaTok:
     config = golden.meta(name)["config"]
     switches = {k: v for k, v in config.items() if k not in ("hidden_size", "num_heads")}
-    tokenizer = DeltaTok(make_backbone(), qk_norm_order=variant, intermediate_size=4 * config["hidden_size"], savings=savings, **switches)
+    tokenizer = DeltaTok(
+        make_backbone(), qk_norm_order=variant, intermediate_size=4 * config["hidden_size"], savings=savings, **switches, **arguments
+    )
     checkpoint.load_into(tokenizer, golden.under(golden.load(name, variant), "param."))
     return tokenizer.eval()
 
@@ -125,6 +131,7 @@ def test_names_and_shapes_are_the_released_ones_in_the_released_order(variant):
     assert sorted({k.partition(".")[0] for k in world.state_dict()}) == golden.meta("state_dict_keys")["deltaworld_top"]
 
 
+@switching("last_row", "fold_value", "drop_row")
 @pytest.mark.parametrize(("name", "variant"), [t for t in TOKENIZERS if t != ("deltatok_nodelta", "pre_rope")])
 def test_tokenizer(name, variant, savings, gradients):
     tensors = golden.load(name, variant)
@@ -146,25 +153,47 @@ def test_tokenizer(name, variant, savings, gradients):
     assert {k for k in tensors if not k.startswith(("param.", "grad."))} == covered
 
 
+def gradients_of(tokenizer: DeltaTok, tensors: dict[str, torch.Tensor], grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Gradients of the training loss by parameter, and of the inputs "x" and "y"."""
+    dtype = tokenizer.norm.weight.dtype
+    rope = tuple(t.to(dtype) for t in tokenizer.eval()._rope(torch.zeros(1, 1, 3, 16 * grid[0], 16 * grid[1])))
+    tokenizer.train()
+    inputs = {k: tensors[k].clone().to(dtype).requires_grad_() for k in ("x", "y")}
+    y_hat = tokenizer.decode(tokenizer.encode(**inputs, rope=rope), inputs["x"], rope)
+    ops.recon_loss(y_hat, inputs["y"].detach(), kind="log_cosh").backward()
+    return {k: p.grad for k, p in {**dict(tokenizer.named_parameters()), **inputs}.items() if p.grad is not None}
+
+
+@switching("last_row", "fold_value", "drop_row")
 @pytest.mark.parametrize(("name", "variant"), TOKENIZERS)
 def test_gradients_of_the_tokenizer(name, variant, savings):
     tensors, known = golden.load(name, variant), golden.meta(name, variant)
-    tokenizer = make_tokenizer(name, variant, savings).train()
-    rows, columns = known["patch_grid"]
-    rope = tokenizer.eval()._rope(torch.zeros(1, 1, 3, 16 * rows, 16 * columns))
-    tokenizer.train()
-    inputs = {k: tensors[k].requires_grad_() for k in ("x", "y")}
-    y_hat = tokenizer.decode(tokenizer.encode(**inputs, rope=rope), inputs["x"], rope)
-    ops.recon_loss(y_hat, inputs["y"].detach(), kind="log_cosh").backward()
-
-    parameters = {k: p for k, p in tokenizer.named_parameters() if p.requires_grad}
-    assert_reproduced(norms(parameters), {k: torch.tensor(v) for k, v in known["grad_norms"].items()})
-    assert parameters.keys() == known["grad_norms"].keys()
+    ours = gradients_of(make_tokenizer(name, variant, savings), tensors, known["patch_grid"])
     theirs = golden.under(tensors, "grad.")
-    everything = {k: v.grad for k, v in {**parameters, **inputs}.items() if v.grad is not None}
-    assert_reproduced({k: everything[k] for k in theirs}, theirs)
+    norms = {k: torch.tensor(v) for k, v in known["grad_norms"].items()}
+    assert ours.keys() == norms.keys() | ({"y"} if name == "deltatok_nodelta" else {"x", "y"})
+    leave = {golden.named(k, variant) for k in CANCELLING} if name == "deltatok_nodelta" else set()
+    assert_reproduced({k: ours[k] for k in theirs if k not in leave}, theirs, over_largest)
+    assert_reproduced({k: ours[k].norm() for k in norms if k not in leave}, norms)
 
 
+@switching("last_row", "fold_value", "drop_row")
+@pytest.mark.parametrize("variant", golden.VARIANTS)
+def test_gradients_that_cancel(variant, savings):
+    """The golden ones and ours, by plain attention, are both what float64 says, RMS over RMS."""
+    tensors, known = golden.load("deltatok_nodelta", variant), golden.meta("deltatok_nodelta", variant)
+    ours, exact = (
+        gradients_of(make_tokenizer("deltatok_nodelta", variant, savings, attention="sdpa-math").to(dtype), tensors, known["patch_grid"])
+        for dtype in (torch.float32, torch.float64)
+    )
+    for name in sorted(golden.named(k, variant) for k in CANCELLING):
+        assert relative_rmse(ours[name], exact[name]) <= LIMIT, name
+        assert abs(known["grad_norms"][name] / exact[name].norm().item() - 1) <= LIMIT, name
+        if f"grad.{name}" in tensors:
+            assert relative_rmse(tensors[f"grad.{name}"], exact[name]) <= 2 * LIMIT, name
+
+
+@switching("last_row", "fold_value", "black_frame")
 @pytest.mark.parametrize("variant", golden.VARIANTS)
 def test_world_best_of_many(variant, savings):
     tensors, known = golden.load("deltaworld", variant), golden.meta("deltaworld_train", variant)
@@ -190,11 +219,12 @@ def test_world_best_of_many(variant, savings):
 
     loss.backward()
     assert all(p.grad is None for p in world.tokenizer.parameters())
-    parameters = dict(world.predictor.named_parameters())
-    assert_reproduced(norms(parameters), {k: torch.tensor(v) for k, v in known["grad_norms"].items()})
-    assert parameters.keys() == known["grad_norms"].keys()
+    ours = {k: p.grad for k, p in world.predictor.named_parameters()}
+    norms = {k: torch.tensor(v) for k, v in known["grad_norms"].items()}
+    assert ours.keys() == norms.keys()
+    assert_reproduced({k: g.norm() for k, g in ours.items()}, norms)
     theirs = golden.under(tensors, "grad.")
-    assert_reproduced({k: parameters[k].grad for k in theirs}, theirs)
+    assert_reproduced({k: ours[k] for k in theirs}, theirs, over_largest)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
@@ -206,6 +236,7 @@ def test_world_picks_the_same_noise_however_many_candidates_it_holds_at_once(chu
     assert_reproduced({"z_hat": z_hat, "z_tgt": z_tgt}, tensors)
 
 
+@switching("last_row", "fold_value", "drop_row", "black_frame", "context_cache")
 @pytest.mark.parametrize("variant", golden.VARIANTS)
 def test_world_rollout(variant, savings, gradients):
     tensors, known = golden.load("deltaworld", variant), golden.meta("deltaworld_rollout")
@@ -219,6 +250,7 @@ def test_world_rollout(variant, savings, gradients):
     assert_reproduced({"context": context}, {"context": world.backbone(tensors["frames"][:, : known["ctx_len"]])})
 
 
+@switching()
 @pytest.mark.parametrize("kind", ["plain", "bom"])
 def test_dinoworld(kind, savings, gradients):
     everything = golden.load("dinoworld")
