@@ -31,7 +31,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
@@ -209,6 +208,18 @@ def _slope(difference: torch.Tensor, loss: str, beta: float) -> torch.Tensor:
     return 2.0 * difference if loss == "mse" else difference.sign()
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that raises where it is itself differentiated."""
+
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("best_of_n: a second derivative is not supported; impl='reference' has one")
+
+
 class _BestOfN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, candidates, target, loss, beta, reduce_dims, return_losses):
@@ -223,8 +234,18 @@ class _BestOfN(torch.autograd.Function):
         return index, best, losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, _index, d_best, _losses):
+        # Grad mode is on where the caller asked for create_graph. What was saved carries no graph, so a second derivative would
+        # lose a term in silence; under torch.compile torch itself refuses one.
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            grads = _BestOfN._gradients(ctx, d_best)
+        if twice:
+            grads = tuple(_Once.apply(g.requires_grad_()) if g is not None else None for g in grads)
+        return (*grads, None, None, None, None)
+
+    @staticmethod
+    def _gradients(ctx, d_best):
         difference, index = ctx.saved_tensors
         loss, beta, reduce_dims, shape, candidates_dtype, target_dtype = ctx.settings
         axis = len(shape) - reduce_dims - 1
@@ -237,7 +258,7 @@ class _BestOfN(torch.autograd.Function):
             d_candidates = zeros.scatter(axis, place, d_winner.to(candidates_dtype).unsqueeze(axis))
         if ctx.needs_input_grad[1]:
             d_target = -d_winner.to(target_dtype)
-        return d_candidates, d_target, None, None, None, None
+        return d_candidates, d_target
 
 
 def _check(candidates, target, loss, beta, reduce_dims) -> None:
