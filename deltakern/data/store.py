@@ -316,7 +316,7 @@ class TokenDataset(torch.utils.data.Dataset):
     """The clips of one or several token stores, for any DataLoader; items are (tokens (T,D) float32, timestamps (T,) float32).
 
     Shards are read when first touched and kept while ``cache_bytes`` allows. Reading in the order of :class:`TokenOrder`
-    touches each shard once an epoch however small the cache.
+    reads each shard once an epoch, where the cache holds at least four.
 
     Args:
         stores: a store's folder, or several of one fingerprint and shape.
@@ -466,8 +466,8 @@ def _same_kind(first: Path, one: Manifest, second: Path, other: Manifest) -> Non
 class TokenOrder:
     """The endless random order in which clips are trained on: every clip once an epoch, a function of the seed alone.
 
-    Shards are shuffled, taken as many at a time as the dataset's cache holds, and the clips of those shuffled among each other;
-    where the cache holds all of them this is a full shuffle.
+    Shards are shuffled, taken half as many at a time as the dataset's cache holds, and the clips of those shuffled among each
+    other; where the cache holds all of them this is a full shuffle.
 
     Args:
         dataset: whose clips are ordered.
@@ -477,6 +477,8 @@ class TokenOrder:
     def __init__(self, dataset: TokenDataset, seed: int = 0) -> None:
         self.length, self.seed = len(dataset), seed
         self._runs, self._together = dataset.shard_runs(), dataset.shards_cached()
+        if self._together < len(self._runs):
+            self._together = max(1, self._together // 2)  # a batch may need the end of one group and the start of the next
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def epoch(self, number: int) -> np.ndarray:
