@@ -118,6 +118,18 @@ def read(source: str | os.PathLike, *, local_files_only: bool = False) -> Checkp
     return _checkpoint(tensors, metadata, str(path))
 
 
+def as_checkpoint(source: str | os.PathLike | Checkpoint | Mapping[str, torch.Tensor]) -> Checkpoint:
+    """What :func:`read` returns, from a path or hub repository, a state dict, or itself."""
+    if isinstance(source, Checkpoint):
+        return source
+    return _checkpoint(source, {}, "the state dict") if isinstance(source, Mapping) else read(source)
+
+
+def describe(kind: str) -> str:
+    """A :attr:`Checkpoint.kind` in words, with its article."""
+    return _KINDS[kind]
+
+
 def load_into(module: nn.Module, source: str | os.PathLike | Checkpoint | Mapping[str, torch.Tensor], *, strict: bool = True) -> Fit:
     """Copies a checkpoint's weights into ``module``, in the module's dtype and device.
 
@@ -133,10 +145,7 @@ def load_into(module: nn.Module, source: str | os.PathLike | Checkpoint | Mappin
         CheckpointError: another model's file; unknown, missing or mis-shaped names (all of them are listed); with
             ``strict=False``, if nothing fits.
     """
-    if isinstance(source, Mapping):
-        source = _checkpoint(source, {}, "the state dict")
-    elif not isinstance(source, Checkpoint):
-        source = read(source)
+    source = as_checkpoint(source)
     target = module.state_dict()
     names = {_clean(k): k for k in target}
     shapes = {k: tuple(target[v].shape) for k, v in names.items()}
