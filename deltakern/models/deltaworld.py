@@ -124,11 +124,11 @@ class DeltaWorld(World):
         past, target = tokens[:, :-1], tokens[:, 1:]
         if self.use_bom:
             if queries is None:
-                shape = (batch, total - 1, self.num_samples_train)
-                queries = self.noise(*shape, device=tokens.device, dtype=tokens.dtype, generator=generator)
+                portions = self._candidate_noise(batch, total - 1, tokens, generator)
             else:
                 self._check_queries(queries, (batch, total - 1, queries.shape[2] if queries.ndim == 4 else -1), "(B,T-1,K,D)")
-            best = self._best_queries(queries, lambda q: self.predict(past, timestamps, q), target, criterion, 1)
+                portions = (queries,)
+            best = self._best_queries(portions, lambda q: self.predict(past, timestamps, q), target, criterion, 1)
         else:
             best = self.q_embed.weight.expand(batch, total - 1, -1)
         return self.predict(past, timestamps, best.unsqueeze(2)).squeeze(2), target

@@ -112,10 +112,11 @@ class DINOWorld(World):
         past, target = y[:, :-1].flatten(1, 2), y[:, 1:]
         if self.use_bom:
             if queries is None:
-                queries = self.noise(batch, total - 1, self.num_samples_train, device=y.device, dtype=y.dtype, generator=generator)
+                portions = self._candidate_noise(batch, total - 1, y, generator)
             else:
                 self._check_queries(queries, (batch, total - 1, queries.shape[2] if queries.ndim == 4 else -1), "(B,T-1,K,D)")
-            best = self._best_queries(queries, lambda q: self._predict(frames, past, timestamps, q), target, criterion, 2)
+                portions = (queries,)
+            best = self._best_queries(portions, lambda q: self._predict(frames, past, timestamps, q), target, criterion, 2)
         else:
             best = self.q_embed.weight.expand(batch, total - 1, -1)
         return self._predict(frames, past, timestamps, best[:, :, None])[:, :, 0], target

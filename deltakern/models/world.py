@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from deltakern import ops
 from deltakern.models.deltatok import Savings
 from deltakern.models.predictor import Predictor
 from deltakern.models.validate import check_frames, check_positive, check_timestamps
+
+NOISE_DRAW = 256
+"""Candidates whose noise is drawn at once in training: the release's number, so that its draw is this one for the same seed."""
 
 
 def axis_angles(position: torch.Tensor, axis_size: int) -> torch.Tensor:
@@ -143,7 +146,8 @@ class World(nn.Module, ABC):
             criterion: elementwise loss that picks the best candidate while training with best-of-many.
             ctx_len: in evaluation, the number of context frames, 1..T-1.
             queries: the noise, instead of drawing it: (B,T-1,K,D) while training, (B,S,T-ctx_len,D) in evaluation.
-            generator: draws the noise.
+            generator: draws the noise: in training 256 candidates at a time (for K=256 the release's draw), in evaluation a
+                step at a time.
 
         Returns:
             While training (prediction, target), both of frames 1..T-1. In evaluation (predictions (B,S,h,N,D), targets
@@ -190,10 +194,16 @@ class World(nn.Module, ABC):
             return self.noise(batch, self.num_samples, 1, device=like.device, dtype=like.dtype, generator=generator)[:, :, 0]
         return self.q_embed.weight.expand(batch, 1, -1)
 
+    def _candidate_noise(self, batch: int, groups: int, like: torch.Tensor, generator: torch.Generator | None) -> Iterator[torch.Tensor]:
+        """Noise of ``num_samples_train`` candidates, (B,G,k,D) and :data:`NOISE_DRAW` at a time: in memory it does not grow with K."""
+        for start in range(0, self.num_samples_train, NOISE_DRAW):
+            count = min(NOISE_DRAW, self.num_samples_train - start)
+            yield self.noise(batch, groups, count, device=like.device, dtype=like.dtype, generator=generator)
+
     @torch.no_grad()
     def _best_queries(
         self,
-        queries: torch.Tensor,
+        queries: Iterable[torch.Tensor],
         predict: Callable[[torch.Tensor], torch.Tensor],
         target: torch.Tensor,
         criterion: nn.Module,
@@ -202,7 +212,7 @@ class World(nn.Module, ABC):
         """The query of every (clip, frame) whose prediction has the least loss.
 
         Args:
-            queries: (B,G,K,D) noise.
+            queries: portions (B,G,k,D) of the noise, of any k.
             predict: (B,G,k,D) queries to candidates (B,G,k,R...).
             target: (B,G,R...).
             criterion: elementwise loss.
@@ -212,21 +222,28 @@ class World(nn.Module, ABC):
             (B,G,D). Candidates are made and judged ``candidate_chunk`` at a time, never all in memory.
         """
         named = loss_name(criterion)
+        search = None if named is None else ops.BestOfN(reduce_dims=reduce_dims, **named)
         best_loss = best = None
-        for start in range(0, queries.shape[2], self.candidate_chunk):
-            chunk = queries[:, :, start : start + self.candidate_chunk]
-            candidates = predict(chunk)
-            if named is not None:
-                index, loss = ops.best_of_n(candidates, target.to(candidates.dtype), reduce_dims=reduce_dims, **named)
-            else:
-                losses = criterion(candidates, target.unsqueeze(2).expand_as(candidates)).flatten(3).mean(-1)
-                loss, index = losses.min(-1)
-            chosen = chunk.gather(2, index[..., None, None].expand(*index.shape, 1, chunk.shape[-1])).squeeze(2)
-            if best is None:
-                best_loss, best = loss, chosen
-                continue
-            better = (loss < best_loss) | (best_loss.isnan() & ~loss.isnan())
-            best_loss, best = torch.where(better, loss, best_loss), torch.where(better[..., None], chosen, best)
+        offset = 0
+        for portion in queries:
+            for chunk in portion.split(self.candidate_chunk, 2):
+                candidates = predict(chunk)
+                if search is not None:
+                    better = search.update(candidates, target.to(candidates.dtype))
+                    index = (search.result()[0] - offset).clamp(min=0)  # meant where it is better, any index elsewhere
+                else:
+                    losses = criterion(candidates, target.unsqueeze(2).expand_as(candidates)).flatten(3).mean(-1)
+                    loss, index = losses.min(-1)
+                    better = torch.ones_like(loss, dtype=torch.bool)
+                    if best_loss is not None:
+                        better = (loss < best_loss) | (best_loss.isnan() & ~loss.isnan())
+                        loss = torch.where(better, loss, best_loss)
+                    best_loss = loss
+                chosen = chunk.gather(2, index[..., None, None].expand(*index.shape, 1, chunk.shape[-1])).squeeze(2)
+                best = chosen if best is None else torch.where(better[..., None], chosen, best)
+                offset += chunk.shape[2]
+                del candidates, chunk
+            del portion  # before the next is drawn
         return best
 
     @abstractmethod
