@@ -1,8 +1,9 @@
 """Compiles the package's Triton kernels for GPUs that are not there, and reads what the assembler says of them.
 
 What is compiled is what the launchers launch: every case tagged "real" is run forward and backward, on few rows, with
-``_triton.launch`` noting its arguments instead of starting the kernel and the architecture pretended. A new kernel needs nothing
-here. Interpreter and compiler cannot share a process, so :func:`report` works in subprocesses without TRITON_INTERPRET.
+``_triton.launch`` noting its arguments instead of starting the kernel and the architecture pretended: in bfloat16, and each
+op's first case in float32 too. A new kernel needs nothing here. Interpreter and compiler cannot share a process, so
+:func:`report` works in subprocesses without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _launches() -> list[dict[str, Any]]:
-    """What the launchers would start, for each architecture and each real case in bfloat16."""
+    """What the launchers would start for each architecture."""
     import torch
     from kernel_checks import forward_backward, inputs_shrunk, random_cotangents
 
@@ -89,16 +90,14 @@ def _launches() -> list[dict[str, Any]]:
     backend.triton_interprets = lambda: True  # admits CPU tensors; nothing is run
     _triton.architecture = lambda device: current["arch"]
     device = torch.device("cpu")
+    mine = {name: cases(name, "real") for name, op in backend.ops().items() if "triton" in op.kernels}
+    chosen = [(case, torch.bfloat16) for real in mine.values() for case in real] + [(real[0], torch.float32) for real in mine.values()]
     for arch in ARCHITECTURES:
-        for case in cases(tag="real"):
-            if "triton" not in backend.ops()[case.op].kernels:
-                continue
+        for case, dtype in chosen:
             current.update(arch=arch, op=case.op, case=case.name)
-            args, kwargs = inputs_shrunk(case, torch.bfloat16, device)
-            with torch.no_grad():
-                forward_backward(case.function, args, {**kwargs, "impl": "triton"}, (), random_cotangents())
-            if case.differentiable:
-                forward_backward(case.function, args, {**kwargs, "impl": "triton"}, case.differentiable, random_cotangents())
+            args, kwargs = inputs_shrunk(case, dtype, device)
+            for wanted in dict.fromkeys(((), case.differentiable)):
+                forward_backward(case.function, args, {**kwargs, "impl": "triton"}, wanted, random_cotangents())
     return list(seen.values())
 
 

@@ -182,7 +182,8 @@ def test_library_ops_pass_opcheck(case: Case, device: torch.device) -> None:
     assert recorded.calls
     for func, func_args, func_kwargs in recorded.calls:
         func_args = [a.detach() if isinstance(a, torch.Tensor) else a for a in func_args]
-        torch.library.opcheck(func, func_args, func_kwargs)
+        fewer = {} if case in FIRST else {"test_utils": ("test_schema", "test_faketensor")}  # tracing again would show nothing new
+        torch.library.opcheck(func, func_args, func_kwargs, **fewer)
 
 
 @first_case
@@ -197,8 +198,9 @@ def test_library_op_refuses_to_be_recorded(case: Case, device: torch.device) -> 
         func(*func_args)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@every_case
+@pytest.mark.parametrize(
+    ("case", "dynamic"), [(c, False) for c in CASES] + [(c, True) for c in FIRST], ids=lambda v: named(v) if isinstance(v, Case) else str(v)
+)
 def test_compiles_in_one_graph(case: Case, dynamic: bool, device: torch.device) -> None:
     args, kwargs = inputs(case, torch.bfloat16, device)
     eager = run_kernel(case, args, kwargs)
