@@ -524,7 +524,7 @@ def _from_hub(name: str, local_files_only: bool) -> Path:
         raise FileNotFoundError(f"no such file or folder: {name}")
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import utils as errors  # in .errors only since 0.25
     except ImportError as problem:
         raise CheckpointError(
             f"{name}: no such file or folder; to fetch it from the Hugging Face hub, pip install 'deltakern[hf]' ({problem})"
