@@ -1,0 +1,140 @@
+"""The block on its kernels: nothing falls back in silence, and training with them is training without them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_as_accurate, outputs_and_grads
+
+import deltakern
+from deltakern import ops
+from deltakern.data.video import read_clip
+from deltakern.models import DINOv3Config
+from deltakern.nn import Assembly, Block
+from deltakern.ops import _triton
+
+CLIP = Path(__file__).parent / "data" / "carphone.mp4"
+
+# What one DeltaTok block starts, forward and backward, beside the matrix products and the attention.
+FORWARD = {f"{op}_forward_kernel": 1 for op in ("patch_delta", "rope_qk_norm", "head_gate", "residual_norm", "swiglu")}
+BACKWARD = {name.replace("forward", "backward"): count for name, count in FORWARD.items()}
+
+
+def _block(device: torch.device) -> tuple[Block, Assembly, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    block = Block(64, 2, 88, swiglu=True, qk_norm="pre_rope", gated=True, layer_scale_init=0.5).to(device)
+    prev, curr = torch.randn(2, 2, 6, 64, device=device).unbind(0)
+    entry = Assembly(prev, curr, torch.randn(1, 64, device=device), torch.randn(2, 64, device=device), "pair")
+    angles = torch.randn(6, 32, device=device)
+    return block, entry, (angles.cos(), angles.sin())
+
+
+def test_a_block_launches_every_kernel_once_each_way(device):
+    block, entry, rope = _block(device)
+    entry = entry._replace(prev=entry.prev.requires_grad_(True))
+    with _triton.count_launches() as forward, deltakern.use_impl("triton"):
+        out = block(entry, rope, num_prefix=1)
+    assert dict(forward) == FORWARD
+    with _triton.count_launches() as backward, deltakern.use_impl("triton"):
+        (out.stream + out.scale * out.branch).sum().backward()
+    assert {name: backward[name] for name in BACKWARD} == BACKWARD
+    assert entry.prev.grad.isfinite().all()
+
+
+def test_without_gradients_the_same_kernels_and_folded_scales(device):
+    block, entry, rope = _block(device)
+    with torch.no_grad(), _triton.count_launches() as launches, deltakern.use_impl("triton"):
+        out = block.eval()(entry, rope, num_prefix=1)
+    assert dict(launches) == FORWARD
+    assert out.scale is None, "LayerScale was not folded into the projection"
+
+
+def test_the_last_encoder_block_pools_instead_of_projecting_values(device):
+    block, entry, rope = _block(device)
+    with torch.no_grad(), _triton.count_launches() as launches, deltakern.use_impl("triton"):
+        block.eval()(entry, rope, num_prefix=1, rows="first")
+    assert {name for name in launches if name.startswith("delta_pool")}, f"no delta_pool among {dict(launches)}"
+    assert launches["rope_qk_norm_forward_kernel"] == launches["head_gate_forward_kernel"] == 1
+
+
+@pytest.mark.parametrize("rows", ["all", "first", "rest"])
+def test_a_block_with_kernels_is_as_accurate_as_without(rows, device):
+    """Outputs and every gradient against float64."""
+    block, entry, rope = _block(device)
+    exact = copy.deepcopy(block).double()
+    names = [name for name, _ in block.named_parameters()]
+
+    def run(module, impl):
+        def function(prev, curr, token, role, *parameters):
+            with deltakern.use_impl(impl):
+                made = torch.func.functional_call(
+                    module,
+                    dict(zip(names, parameters, strict=True)),
+                    (Assembly(prev, curr, token, role, "pair"), tuple(t.to(prev.dtype) for t in rope)),
+                    {"num_prefix": 1, "rows": rows},
+                )
+            return made.stream, made.branch, made.scale
+
+        arguments = [entry.prev, entry.curr, entry.token, entry.role, *block.parameters()]
+        arguments = [a.detach().to(next(module.parameters()).dtype) for a in arguments]
+        torch.manual_seed(1)
+        length = {"all": 13, "first": 1, "rest": 12}[rows]
+        cotangents = [torch.randn(2, length, 64, device=device), torch.randn(2, length, 64, device=device), torch.randn(64, device=device)]
+        return outputs_and_grads(function, arguments, range(len(arguments)), cotangents)
+
+    kernel, plain, truth = run(block, "triton"), run(block, "reference"), run(exact, "reference")
+    for kind, ours, theirs, right in zip(("output", "gradient"), kernel, plain, truth, strict=True):
+        for i, (a, b, c) in enumerate(zip(ours, theirs, right, strict=True)):
+            assert_as_accurate(a, b, c, name=f"{kind} {i}")
+
+
+class _Stored(torch.nn.Module):
+    """Stands for the backbone; features are given."""
+
+    hidden_size, num_heads, patch_size, initializer_range = 64, 2, 16, 0.02
+
+
+def _features() -> torch.Tensor:
+    """(T,N,D) features of a real clip under a small backbone."""
+    torch.manual_seed(0)
+    config = DINOv3Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    clip = read_clip(CLIP, num_frames=12, stride=2, size=(48, 64))
+    return deltakern.DINOv3(config=config)(clip.frames[None])[0]
+
+
+def _train(features: torch.Tensor, steps: int, *, impl: str, dtype: torch.dtype, autocast: bool, device: torch.device) -> torch.Tensor:
+    """Losses of a small DeltaTok's first steps."""
+    torch.manual_seed(0)
+    tok = deltakern.DeltaTok(_Stored(), num_hidden_layers=1, layer_scale_init=0.1, intermediate_size=96).to(device, dtype)
+    features = features.to(device, dtype)
+    optimizer = torch.optim.AdamW(tok.parameters(), lr=1e-3)
+    rope = tuple(t.to(dtype) for t in tok.eval()._rope(torch.empty(1, 3, 48, 64, device=device)))
+    losses = []
+    for step in range(steps):
+        i = step % (len(features) - 2)
+        prev, curr = features[i : i + 2], features[i + 1 : i + 3]
+        with deltakern.use_impl(impl), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = ops.recon_loss(tok.decode(tok.encode(prev, curr, rope), prev, rope), curr)
+        optimizer.zero_grad()
+        with deltakern.use_impl(impl):
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "autocast"), [(200, False), (15, True)], ids=["float32", "bfloat16"])
+def test_training_follows_the_reference_loss_curve(steps, autocast, device):
+    """Against the same run in float64: the kernels' curve strays no more than twice as far as plain PyTorch's."""
+    features = _features()
+    truth = _train(features, steps, impl="reference", dtype=torch.float64, autocast=False, device=device)
+    plain = _train(features, steps, impl="reference", dtype=torch.float32, autocast=autocast, device=device)
+    with _triton.count_launches() as launches:
+        fused = _train(features, steps, impl="triton", dtype=torch.float32, autocast=autocast, device=device)
+    assert launches["residual_norm_backward_kernel"] >= steps
+    assert fused[-5:].mean() < 0.9 * fused[:5].mean(), "nothing was learned, so nothing was compared"
+    assert_as_accurate(fused, plain, truth, name="loss curve")
