@@ -70,6 +70,7 @@ def read_clip(
     start: float = 0.0,
     size: int | tuple[int, int] | None = None,
     fps: float | None = None,
+    strict: bool = True,
 ) -> Clip:
     """Reads frames at given times, or every ``stride``-th frame from ``start``.
 
@@ -84,6 +85,7 @@ def read_clip(
             multiples of 16; (height, width) resizes to cover and crops the centre to exactly that; None leaves frames alone.
             The resize is bicubic and antialiased.
         fps: of a folder of images, where it is required; a video file has its own.
+        strict: a file that ends before ``num_frames`` is an error; False returns the frames that there are.
 
     Returns:
         :class:`Clip`: frames (T,3,H,W) uint8, timestamps (T,) float64, fps.
@@ -117,7 +119,7 @@ def read_clip(
             raise ValueError(f"read_clip: fps is for a folder of images; {path} carries its own times")
         source = _File(path)
     with source:
-        picked = _at_times(source, times) if times is not None else _every(source, start, stride, num_frames)
+        picked = _at_times(source, times) if times is not None else _every(source, start, stride, num_frames, strict)
         frames, shown_at, last = [], [], None
         for shown in picked:
             if shown is last:
@@ -228,7 +230,7 @@ def _from(source: _Folder | _File, time: float) -> Iterator[_Shown]:
     yield held
 
 
-def _every(source: _Folder | _File, start: float, stride: int, num_frames: int | None) -> Iterator[_Shown]:
+def _every(source: _Folder | _File, start: float, stride: int, num_frames: int | None, strict: bool) -> Iterator[_Shown]:
     """Every ``stride``-th frame from the one on screen at ``start``."""
     given = 0
     for place, shown in enumerate(_from(source, start)):
@@ -237,7 +239,7 @@ def _every(source: _Folder | _File, start: float, stride: int, num_frames: int |
             given += 1
             if given == num_frames:
                 return
-    if num_frames is not None:
+    if num_frames is not None and strict:
         raise VideoError(
             f"{source.path}: too short: {num_frames} frames with stride {stride} from {start:.3f} s were asked for, "
             f"it has {given}; {source.ends(shown)}"

@@ -50,13 +50,13 @@ class Place:
 
 @contextlib.contextmanager
 def placed(device: str | None = None) -> Iterator[Place]:
-    """Joins the processes that torchrun started, if it did.
+    """Joins the processes that torchrun started, if it did, or the process group that there is.
 
     Args:
         device: "cpu", "cuda", "cuda:1"...; None takes a GPU where there is one. Under torchrun "cuda" is the process's own.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not dist.is_torchelastic_launched():
+    if not (dist.is_initialized() or dist.is_torchelastic_launched()):
         yield Place(kind)
         return
     joined_before = dist.is_initialized()
