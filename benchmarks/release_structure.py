@@ -218,9 +218,8 @@ class DeltaTok(nn.Module):
         self.use_delta = use_delta
         self.backbone = backbone.requires_grad_(False).eval()
         width, heads = backbone.hidden_size, backbone.num_heads
+        self.use_rope_aug = use_rope_aug
         self.rope_embeddings = PatchRope(width // heads, backbone.patch_size)
-        if not use_rope_aug:
-            self.rope_embeddings.eval()
         self.z_embed = nn.Embedding(1, width)
         self.xy_embed = nn.Embedding(2, width)
         kind = {"swiglu": use_swiglu, "qk_norm": qk_norm_order if use_qk_norm else None, "gated": use_gated_attn}
@@ -240,6 +239,7 @@ class DeltaTok(nn.Module):
     def train(self, mode: bool = True) -> DeltaTok:
         super().train(mode)
         self.backbone.eval()
+        self.rope_embeddings.train(mode and self.use_rope_aug)
         return self
 
     def _rope(self, frames: torch.Tensor) -> Rope:

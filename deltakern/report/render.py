@@ -1,0 +1,589 @@
+"""A report as data, and that data as JSON, Markdown, terminal tables and one self-contained HTML page with charts.
+
+Everything shown is drawn from the dictionary that :func:`build` makes and ``report.json`` holds; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import html
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deltakern._extras import require
+from deltakern.report import flops, page, stages
+from deltakern.report.rows import Row
+
+SCHEMA = 1
+Table = tuple[str, list[str], list[list[str]], str]  # title, header, rows, what to know about it
+FRAME_SIZES = (512, 256)
+
+
+# --- numbers as text -------------------------------------------------------------------------------------------------------
+
+
+def number(value: float, digits: int = 3) -> str:
+    """``value`` to so many significant digits, thousands separated: 1.23, 31,300."""
+    if value == 0 or value != value:
+        return "0" if value == 0 else "nan"
+    rounded = float(f"{value:.{digits}g}")
+    places = max(0, digits - 1 - int(f"{abs(rounded):e}".partition("e")[2]))
+    return f"{rounded:,.{places}f}"
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    size, unit = next(((s, u) for s, u in units if abs(value) >= s * 0.9995), units[-1])
+    return f"{number(value / size)} {unit}"
+
+
+def seconds(value: float | None) -> str:
+    """A time, "12.3 ms"; "" for None."""
+    return "" if value is None else _scaled(value, ((1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")))
+
+
+def bytes_(value: float | None) -> str:
+    """An amount of memory in powers of 1024; "" for None."""
+    return "" if value is None else _scaled(value, ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")))
+
+
+def rate(value: float, what: str) -> str:
+    """A rate, as "1.23 TB/s" with ``what`` "B/s"."""
+    return _scaled(value, ((1e12, f"T{what}"), (1e9, f"G{what}"), (1e6, f"M{what}"), (1, what)))
+
+
+def gflop(value: float) -> str:
+    """FLOPs as GFLOP: to the hundredth below ten thousand, else whole."""
+    value /= 1e9
+    return f"{value:,.0f}" if value >= 1e4 else f"{value:,.2f}" if value >= 1 else number(value, 3)
+
+
+# --- the data ----------------------------------------------------------------------------------------------------------------
+
+
+def build(
+    rows: Iterable[Row], *, preset: str, parts: Sequence[str], notes: Sequence[str] = (), where: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The report: closed forms, systems, and rows, ready for JSON.
+
+    Args:
+        rows: measurements.
+        preset: name of the sizes that were run, or of where the rows come from.
+        parts: which of "flops", "latency", "memory", "accuracy" the report is about.
+        notes: what could not be measured, in words.
+        where: machine and versions of this run.
+    """
+    tables = {}
+    if "flops" in parts:
+        tables = {
+            "conventions": "2 per multiply-add; linear layers, patch embedding, QK^T and PV; GFLOP = 1e9",
+            "pieces": {str(size): flops.pieces(size, size) for size in FRAME_SIZES},
+            "parameters": flops.parameters(),
+            "systems": {str(size): [asdict(s) for s in flops.systems(size)] for size in FRAME_SIZES},
+        }
+    return {
+        "schema": SCHEMA,
+        "made": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "preset": preset,
+        "parts": list(parts),
+        "where": where or {},
+        "notes": list(notes),
+        "flops": tables,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _of(report: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [row for row in report["rows"] if row["kind"] == kind]
+
+
+def _devices(report: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["where"].get("device", "") for row in report["rows"]))
+
+
+def _ceilings(report: dict[str, Any], device: str) -> dict[str, float]:
+    found = (row for row in _of(report, "ceiling") if row["where"].get("device", "") == device)
+    return {row["name"]: row["figures"]["per_second"] for row in found}
+
+
+def _groups(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    """Rows of one measurement side by side: (device, name, case, dtype, shape) to implementation to row."""
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["where"].get("device", ""), row["name"], row["case"], row["dtype"], json.dumps(row["shape"], sort_keys=True))
+        found.setdefault(key, {})[row["impl"]] = row
+    return found
+
+
+def _several(report: dict[str, Any]) -> bool:
+    return len(_devices(report)) > 1
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------------
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Every table of the report, as text cells."""
+    made: list[Table] = []
+    for build_one in (_systems, _pieces, _stage_latency, _stage_memory, _op_latency, _accuracy):
+        made += build_one(report)
+    return [t for t in made if t[2]]
+
+
+def _systems(report: dict[str, Any]) -> list[Table]:
+    made: list[Table] = []
+    for size, systems in report["flops"].get("systems", {}).items():
+        rows = []
+        for s in systems:
+            paper = "" if s["paper_gflop"] is None else number(s["paper_gflop"], 4)
+            own = "as published" if s["published"] else number(s["gflop"], 5)
+            rows.append(
+                [
+                    s["name"],
+                    "not published" if s["tokens"] is None else f"{s['tokens']:,}",
+                    "" if s["token_ratio"] is None else f"{number(s['token_ratio'], 4)}x",
+                    f"{s['parameters'] / 1e9:,.3f}".rstrip("0").rstrip(".") + " B",
+                    f"{number(s['parameter_ratio'])}x",
+                    own,
+                    paper,
+                    f"{number(s['flops_ratio'], 4)}x",
+                ]
+            )
+        header = ["system", "tokens a frame", "ratio", "parameters", "ratio", "GFLOP, computed", "GFLOP, paper", "ratio"]
+        about = (
+            "Forecast of 3 frames from 4, two square crops; ratios are to DeltaWorld. DeltaWorld: 20 samples, each decoded at every "
+            "step. Cosmos: as published (arXiv 2604.04913), tokenizer and prefill not counted, parameters without the 7B diffusion decoder."
+        )
+        made.append((f"Systems at {size} x {size}", header, rows, about))
+    return made
+
+
+def _pieces(report: dict[str, Any]) -> list[Table]:
+    pieces = report["flops"].get("pieces", {})
+    if not pieces:
+        return []
+    sizes = list(pieces)
+    rows = [[name, *(gflop(pieces[size][name]) for size in sizes)] for name in pieces[sizes[0]]]
+    return [
+        (
+            "FLOPs of the released models, in closed form",
+            ["piece", *(f"GFLOP, {s} px" for s in sizes)],
+            rows,
+            report["flops"]["conventions"],
+        )
+    ]
+
+
+def _stage_latency(report: dict[str, Any]) -> list[Table]:
+    rows, several = [], _several(report)
+    for (device, name, case, dtype, _), impls in _groups(_of(report, "model")).items():
+        timed = {impl: row for impl, row in impls.items() if row["seconds"] is not None}
+        base = timed.get(stages.RELEASE, {}).get("seconds")
+        for impl, row in timed.items():
+            extra = [f"{row['figures']['kernels']:.0f} kernels"] if "kernels" in row["figures"] else []
+            extra += [f"launching {seconds(row['figures']['launch_seconds'])}"] if "launch_seconds" in row["figures"] else []
+            extra += [f"as a graph {seconds(row['figures']['graph_seconds'])}"] if "graph_seconds" in row["figures"] else []
+            ours = base / row["seconds"] if base and impl != stages.RELEASE else None
+            rows.append(
+                [
+                    *([device] if several else []),
+                    f"{name}, {case}",
+                    impl,
+                    dtype,
+                    seconds(row["seconds"]),
+                    f"{seconds(row['low'])} to {seconds(row['high'])}",
+                    str(row["rounds"]),
+                    "" if ours is None else f"{number(ours)}x",
+                    rate(row["figures"]["flops"] / row["seconds"], "FLOP/s"),
+                    ", ".join(extra),
+                ]
+            )
+    header = [*(["device"] if several else []), "stage", "implementation", "dtype", "median", "10% to 90%", "rounds"]
+    header += ["against release (eager)", "rate", "launches"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    about = (
+        "Implementations take turns in one run, batch of one clip. The rate counts the FLOPs that the implementation itself has to do, "
+        "so work left out is not in it. A training step is forward, backward, clipping and AdamW."
+    )
+    return [("Latency by stage", header, rows, about)]
+
+
+def _stage_memory(report: dict[str, Any]) -> list[Table]:
+    rows, several = [], _several(report)
+    for (device, name, case, dtype, _), impls in _groups(_of(report, "model")).items():
+        base = impls.get(stages.RELEASE, {}).get("figures", {}).get("peak_bytes")
+        for impl, row in impls.items():
+            peak = row["figures"].get("peak_bytes")
+            if peak is None:
+                continue
+            ratio = f"{number(peak / base)}x" if base and impl != stages.RELEASE else ""
+            rows.append([*([device] if several else []), f"{name}, {case}", impl, dtype, bytes_(peak), ratio])
+    header = [*(["device"] if several else []), "stage", "implementation", "dtype", "peak", "against release (eager)"]
+    return [("Peak memory by stage", header, rows, "The most that one call holds in tensors at a time, beyond weights and inputs.")]
+
+
+def _op_latency(report: dict[str, Any]) -> list[Table]:
+    rows, several = [], _several(report)
+    for (device, name, case, dtype, shape), impls in _groups(_of(report, "op")).items():
+        ceilings, sizes = _ceilings(report, device), json.loads(shape)
+        base = impls.get("reference", {}).get("seconds")
+        for impl, row in impls.items():
+            moved = row["figures"].get("bytes")
+            speed = moved / row["seconds"] if moved else None
+            share = f"{100 * speed / ceilings['copy']:.0f}%" if speed and "copy" in ceilings else ""
+            rows.append(
+                [
+                    *([device] if several else []),
+                    f"{name} {case}",
+                    sizes.get("pass", "forward"),
+                    impl,
+                    dtype,
+                    seconds(row["seconds"]),
+                    f"{seconds(row['low'])} to {seconds(row['high'])}",
+                    "" if speed is None else rate(speed, "B/s"),
+                    share,
+                    f"{number(base / row['seconds'])}x" if base and impl != "reference" else "",
+                    "" if sizes.get("scale", 1) == 1 else number(sizes["scale"]),
+                ]
+            )
+    header = [*(["device"] if several else []), "op and case", "pass", "implementation", "dtype", "median", "10% to 90%", "bandwidth"]
+    header += ["of copy", "against reference", "scale"]
+    about = (
+        "Bandwidth counts every input and output once. A case is shrunk by the scale where the machine is small. Every implementation was "
+        "held to float64 before it was timed; a wrong one has no row."
+    )
+    return [("Ops", header, rows, about)]
+
+
+def _accuracy(report: dict[str, Any]) -> list[Table]:
+    rows, several = [], _several(report)
+    for row in _of(report, "accuracy"):
+        figures = row["figures"]
+        rows.append(
+            [
+                *([row["where"].get("device", "")] if several else []),
+                row["name"],
+                row["impl"],
+                row["dtype"],
+                f"{figures['error']:.1e}" if "error" in figures else "",
+                f"{figures['plain']:.1e}" if "plain" in figures else "",
+                "yes" if figures["ok"] else "NO",
+            ]
+        )
+    header = [*(["device"] if several else []), "op or model", "implementation", "dtype", "error", "plain PyTorch's", "within the rule"]
+    about = (
+        "Relative RMS error against float64, the worst of outputs and gradients over the op's small cases. The rule: at most twice "
+        "plain PyTorch's in the same dtype, plus one eps."
+    )
+    return [("Error against float64", header, rows, about)]
+
+
+def _machine(report: dict[str, Any]) -> str:
+    where = report["where"] or (report["rows"][0]["where"] if report["rows"] else {})
+    known = (
+        ("deltakern", "deltakern"),
+        ("commit", "commit"),
+        ("device", "device"),
+        ("driver", "driver"),
+        ("torch", "torch"),
+        ("triton", "triton"),
+        ("python", "Python"),
+        ("threads", "threads"),
+    )
+    return " · ".join(f"{label} {where[key]}" if label != "device" else str(where[key]) for key, label in known if where.get(key))
+
+
+# --- Markdown, JSON, terminal --------------------------------------------------------------------------------------------------
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table; bars in cells are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    parts = ["# deltakern report", f"{report['made']} · preset {report['preset']} · {_machine(report)}"]
+    parts += [f"> {note}" for note in report["notes"]]
+    for title, header, rows, about in tables(report):
+        parts += [f"## {title}", markdown_table(header, rows), about]
+    return "\n\n".join(parts) + "\n"
+
+
+def print_tables(report: dict[str, Any]) -> None:
+    """The report in the terminal."""
+    rich_console, rich_table = (require(f"rich.{m}", "report", "printing tables") for m in ("console", "table"))
+    console = rich_console.Console()
+    for title, header, rows, about in tables(report):
+        shown = rich_table.Table(title=title, title_justify="left", caption=about, caption_justify="left", header_style="bold")
+        for i, column in enumerate(header):
+            numeric = i > 0 and all(re.match(r"^$|^[\d~<>]", row[i]) for row in rows)
+            shown.add_column(column, justify="right" if numeric else "left")
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+        console.print()
+    for note in report["notes"]:
+        console.print(f"[yellow]{note}[/yellow]", markup=True)
+
+
+# --- charts --------------------------------------------------------------------------------------------------------------------
+
+COLOURS = {
+    stages.RELEASE: "#8b95a1",
+    stages.RELEASE_COMPILED: "#f97316",
+    stages.REFERENCE: "#06b6d4",
+    stages.OURS: "#3b82f6",
+    stages.OURS_COMPILED: "#a855f7",
+    stages.ONE_FUTURE: "#10b981",
+    "reference": "#8b95a1",
+    "reference (torch.compile)": "#f97316",
+    "triton": "#3b82f6",
+    "cuda": "#10b981",
+    "cpp": "#10b981",
+}
+
+
+def _svg(title: str, draw: Callable[[Any], None], *, width: float = 4.8, height: float = 3.0) -> page.Html:
+    """A matplotlib chart as inline SVG in the page's colours."""
+    matplotlib = require("matplotlib", "report", "drawing charts")
+    make = require("matplotlib.figure", "report", "drawing charts").Figure
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,  # ids that differ between the charts of a page, and not from run to run
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(ink, page.INK),
+    }
+    with matplotlib.rc_context(style):
+        figure = make(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot())
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawn = out.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace(page.INK, "currentColor")
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    return page.Html(f'<figure role="img" aria-label="{html.escape(title)}">{drawn}</figure>')
+
+
+def _grouped_bars(
+    title: str, groups: dict[str, dict[str, float]], label: str, text: Callable[[float], str], colours: dict[str, str] = COLOURS
+) -> page.Html:
+    """Horizontal bars on a log axis: name of the group to name of the bar to value."""
+
+    def draw(axes: Any) -> None:
+        position, ticks = 0.0, []
+        seen: set[str] = set()
+        for name, bars in groups.items():
+            ticks.append((position + (len(bars) - 1) / 2, name))
+            for bar, value in bars.items():
+                axes.barh(position, value, height=0.85, color=colours.get(bar, "#64748b"), label=None if bar in seen else bar)
+                axes.annotate(text(value), (value, position), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+                seen.add(bar)
+                position += 1
+            position += 0.8
+        axes.set_xscale("log")
+        values = [v for bars in groups.values() for v in bars.values() if v > 0]
+        axes.set_xlim(min(values) / 3, max(values) * 6)
+        axes.set_yticks([t for t, _ in ticks], [n for _, n in ticks], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.grid(axis="x", color="#808080", alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+        if len(seen) > 1:
+            axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.12 if position > 12 else -0.22), ncols=2)
+
+    bars = sum(len(g) for g in groups.values())
+    return _svg(title, draw, height=1.3 + 0.19 * bars + 0.15 * len(groups))
+
+
+def _halves(groups: dict[str, Any]) -> list[dict[str, Any]]:
+    """Long charts in two, so that they stand side by side."""
+    names = list(groups)
+    if len(names) <= 5:
+        return [groups]
+    middle = (len(names) + 1) // 2
+    return [{n: groups[n] for n in part} for part in (names[:middle], names[middle:])]
+
+
+def _stage_groups(
+    report: dict[str, Any], device: str, value: Callable[[dict[str, Any]], float | None]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By preset and dtype: stage to implementation to value."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (where, name, case, dtype, _), impls in _groups(_of(report, "model")).items():
+        bars = {impl: v for impl, row in impls.items() if (v := value(row))}
+        if where == device and bars:
+            found.setdefault(f"{case}, {dtype}", {})[name] = bars
+    return found
+
+
+def _latency_charts(report: dict[str, Any], device: str) -> list[page.Html]:
+    made = []
+    for preset, groups in _stage_groups(report, device, lambda row: row["seconds"]).items():
+        for i, part in enumerate(_halves(groups)):
+            milliseconds = {n: {k: 1e3 * v for k, v in bars.items()} for n, bars in part.items()}
+            title = f"Latency by stage ({preset})" + (", continued" if i else "")
+            made.append(_grouped_bars(title, milliseconds, "milliseconds a call", lambda v: seconds(v / 1e3)))
+    return made
+
+
+def _memory_charts(report: dict[str, Any], device: str) -> list[page.Html]:
+    made = []
+    for preset, groups in _stage_groups(report, device, lambda row: row["figures"].get("peak_bytes")).items():
+        for i, part in enumerate(_halves(groups)):
+            mebibytes = {n: {k: v / 2**20 for k, v in bars.items()} for n, bars in part.items()}
+            title = f"Peak memory by stage ({preset})" + (", continued" if i else "")
+            made.append(_grouped_bars(title, mebibytes, "MiB", lambda v: bytes_(v * 2**20)))
+    return made
+
+
+def _systems_charts(report: dict[str, Any]) -> list[page.Html]:
+    made = []
+    colours = {"computed here": "#3b82f6", "paper": "#8b95a1"}
+    for size, systems in report["flops"].get("systems", {}).items():
+        groups = {}
+        for s in systems:
+            bars = {} if s["published"] else {"computed here": s["gflop"]}
+            groups[s["name"]] = {**bars, **({"paper": s["paper_gflop"]} if s["paper_gflop"] else {})}
+        made.append(_grouped_bars(f"FLOPs of a forecast, {size} x {size}", groups, "GFLOP", lambda v: number(v, 3), colours))
+    return made
+
+
+def _roofline(report: dict[str, Any], device: str) -> list[page.Html]:
+    """Every op below what copy bandwidth and matrix rate allow; the best implementation filled, the reference hollow."""
+    ceilings = _ceilings(report, device)
+    groups = {}
+    for (where, name, case, dtype, shape), impls in _groups(_of(report, "op")).items():
+        if where == device and json.loads(shape).get("pass", "forward") == "forward":
+            groups[(name, case, dtype)] = {i: r for i, r in impls.items() if r["figures"].get("flops") and r["figures"].get("bytes")}
+    groups = {k: v for k, v in groups.items() if v}
+    if not groups or not ceilings.keys() >= {"copy", "gemm"}:
+        return []
+    ops = list(dict.fromkeys(name for name, _, _ in groups))
+    colour = dict(zip(ops, page.PALETTE * len(ops), strict=False))
+    marks = dict(zip(ops, "osD^vPX*hp" * len(ops), strict=False))
+
+    def draw(axes: Any) -> None:
+        points, named = [], set()
+        for (name, _, _), impls in groups.items():
+            best = min(impls, key=lambda i: impls[i]["seconds"])
+            for impl in {"reference", best} & set(impls):
+                row = impls[impl]
+                at = (row["figures"]["flops"] / row["figures"]["bytes"], row["figures"]["flops"] / row["seconds"])
+                points.append(at)
+                filled = impl == best
+                axes.plot(
+                    *at,
+                    marks[name],
+                    markersize=5.5,
+                    markeredgecolor=colour[name],
+                    markerfacecolor=colour[name] if filled else "none",
+                    label=name if filled and name not in named else None,
+                    alpha=0.9,
+                )
+                if filled:
+                    named.add(name)
+        low, high = min(p[0] for p in points) / 4, max(max(p[0] for p in points), ceilings["gemm"] / ceilings["copy"]) * 4
+        knee = ceilings["gemm"] / ceilings["copy"]
+        axes.plot([low, knee, high], [low * ceilings["copy"], ceilings["gemm"], ceilings["gemm"]], color="#ef4444", linewidth=1.2)
+        axes.annotate(
+            f"copy {rate(ceilings['copy'], 'B/s')}",
+            (low * 1.2, low * 1.2 * ceilings["copy"]),
+            fontsize=7,
+            xytext=(0, 6),
+            textcoords="offset points",
+        )
+        axes.annotate(
+            f"matrix product {rate(ceilings['gemm'], 'FLOP/s')}",
+            (high, ceilings["gemm"]),
+            fontsize=7,
+            ha="right",
+            xytext=(0, 4),
+            textcoords="offset points",
+        )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("FLOP a byte")
+        axes.set_ylabel("FLOP a second")
+        axes.set_title("Roofline: filled the fastest, hollow the reference", fontsize=10, loc="left")
+        axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
+        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=3)
+
+    return [_svg("Roofline", draw, height=4.4)]
+
+
+def _accuracy_charts(report: dict[str, Any], device: str) -> list[page.Html]:
+    made = []
+    for dtype in ("float32", "bfloat16"):
+        groups: dict[str, dict[str, float]] = {}
+        for row in _of(report, "accuracy"):
+            if row["where"].get("device", "") == device and row["dtype"] == dtype and row["figures"].get("error"):
+                groups.setdefault(row["name"], {})[row["impl"]] = row["figures"]["error"]
+        if groups:
+            made.append(_grouped_bars(f"Error against float64, {dtype}", groups, "relative RMS error", lambda v: f"{v:.0e}"))
+    return made
+
+
+# --- the page ------------------------------------------------------------------------------------------------------------------
+
+
+def html_page(report: dict[str, Any]) -> page.Page:
+    """The report as one page that needs nothing else."""
+    made = page.Page("deltakern report", f"{report['made']} · preset {report['preset']} · {_machine(report)}")
+    for note in report["notes"]:
+        made.add(page.paragraph(note, "verdict bad"))
+    found = {title: (header, rows, about) for title, header, rows, about in tables(report)}
+
+    def shown(title: str) -> list[page.Html]:
+        if title not in found:
+            return []
+        header, rows, about = found[title]
+        numbers = [i for i in range(1, len(header)) if all(re.match(r"^$|^[\d<>]", row[i]) for row in rows)]
+        return [page.table(header, rows, caption=about, numbers=numbers)]
+
+    several = _several(report)
+    charts = {
+        "Latency by stage": _latency_charts,
+        "Peak memory by stage": _memory_charts,
+        "Ops": _roofline,
+        "Error against float64": _accuracy_charts,
+    }
+    for size in report["flops"].get("systems", {}):
+        made.section(f"Systems at {size} x {size}", *shown(f"Systems at {size} x {size}"))
+    if report["flops"]:
+        made.add(page.charts(*_systems_charts(report)))
+        title = "FLOPs of the released models, in closed form"
+        made.section(title, *shown(title))
+    for title, draw in charts.items():
+        if title not in found:
+            continue
+        made.section(title)
+        for device in _devices(report):
+            drawn = draw(report, device)
+            if drawn:
+                made.add(*([page.paragraph(device, "label")] if several else []), page.charts(*drawn))
+        made.add(*shown(title))
+    return made
+
+
+def write(report: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Writes ``report.json``, ``report.md`` and ``report.html``; returns their paths by suffix."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {suffix: folder / f"report.{suffix}" for suffix in ("json", "md", "html")}
+    paths["json"].write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    paths["md"].write_text(markdown(report), encoding="utf-8")
+    html_page(report).write(paths["html"])
+    return paths
