@@ -285,7 +285,7 @@ def _rope_qk_norm(
     """q and k are slices of a packed projection of q, k, v and gate logits, whose rows are a multiple of 16 channels long."""
 
     def make(dtype, device, generator, shrink):
-        width, count = heads * head, shrunk(patches, shrink)
+        width, count = heads * head, min(patches, 5 + shrunk(patches, shrink))
         length = prefix + frames * count
         packed = normal((shrunk(batch, shrink), length, 3 * width + rounded_up(heads, 16)), dtype, device, generator)
         angles = 6 * normal((count, head // 2), torch.float32, device, generator).repeat(1, 2)
@@ -338,7 +338,7 @@ def _head_gate(name: str, batch: int, length: int, heads: int, head: int, tags: 
     """The attention's output lies as (B,H,L,d) in memory, as torch's attention leaves it; the logits are a slice of the projection."""
 
     def make(dtype, device, generator, shrink):
-        clips, tokens = shrunk(batch, shrink), shrunk(length, shrink)
+        clips, tokens = shrunk(batch, shrink), min(length, 5 + shrunk(length, shrink))
         attn = normal((clips, heads, tokens, head), dtype, device, generator).transpose(1, 2)
         packed = normal((clips, tokens, 3 * heads * head + rounded_up(heads, 16)), dtype, device, generator)
         return (attn, packed[..., 3 * heads * head :][..., :heads]), {}
@@ -363,7 +363,7 @@ def _delta_pool(name: str, batch: int, length: int, heads: int, head: int, width
     """``sharp`` times larger queries concentrate the softmax on few tokens."""
 
     def make(dtype, device, generator, shrink):
-        clips, tokens = shrunk(batch, shrink), shrunk(length, shrink)
+        clips, tokens = shrunk(batch, shrink), min(length, 512 + shrunk(length, shrink))  # more than one split
         args = (
             normal((clips, tokens, width), dtype, device, generator),
             (sharp * normal((clips, heads, head), torch.float32, device, generator)).to(dtype),
@@ -417,7 +417,7 @@ def _context_attention(
     """``groups`` of ``each`` queries; ``causal``: group g sees g + 1 tokens; ``turned``: keys are rotated already; ``own``: J."""
 
     def make(dtype, device, generator, shrink):
-        clips, queries = shrunk(batch, shrink), groups * shrunk(each, shrink)
+        clips, queries = shrunk(batch, shrink), groups * each  # the tiles depend on the size of a group
         seconds = torch.cumsum(0.04 + 0.3 * torch.rand((clips, tokens + groups + (own or 0)), generator=generator), 1).to(device)
         args = (
             normal((clips, queries, heads, head), dtype, device, generator),
@@ -440,7 +440,8 @@ def _context_attention(
 
 
 _context_attention("training", 3, 3, 5, 4, 2, 10, TINY, rope_size=6, causal=True)
-_context_attention("several-tiles", 3, 2, 70, 3, 2, 8, TINY, rope_size=8, causal=True)
+_context_attention("several-tiles", 2, 2, 70, 3, 1, 8, TINY, rope_size=8, causal=True)
+_context_attention("several-programs", 2, 1, 270, 2, 1, 4, TINY, rope_size=4)
 _context_attention("sampling", 3, 1, 7, 4, 3, 12, TINY, rope_size=10)
 _context_attention("turned", 3, 2, 3, 17, 1, 16, TINY, rope_size=2, turned=True)
 _context_attention("one-query", 3, 1, 1, 1, 1, 6, TINY, rope_size=4)

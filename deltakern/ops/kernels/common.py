@@ -75,11 +75,11 @@ def dot_narrow_wide(x, y, acc):
 
 
 @triton.jit
-def dot_both_wide(x, y, acc, DTYPE: tl.constexpr):
-    """``acc + x @ y`` for x and y in float32, on the tensor cores of DTYPE; the product of the two low parts is below float32's digits."""
-    if DTYPE == tl.float32:
+def dot_both_wide(x, y, acc, dtype: tl.constexpr):
+    """``acc + x @ y`` for x and y in float32, on the tensor cores of dtype; the product of the two low parts is below float32's digits."""
+    if dtype == tl.float32:
         return tl.dot(x, y, acc, input_precision="ieee")
     else:
-        x_high, x_low = narrow_parts(x, DTYPE)
-        y_high, y_low = narrow_parts(y, DTYPE)
+        x_high, x_low = narrow_parts(x, dtype)
+        y_high, y_low = narrow_parts(y, dtype)
         return tl.dot(x_high, y_high, tl.dot(x_high, y_low, tl.dot(x_low, y_high, acc)))

@@ -17,8 +17,8 @@ from deltakern.ops import _triton
 from deltakern.ops.kernels.common import dot_both_wide, dot_narrow_wide, dot_wide_narrow
 from deltakern.ops.kernels.tiles import Tile, tile
 
-STEPS = 4
-"""Tiles of queries a program, at most: they share the turning of the keys."""
+QUERIES = 256
+"""Queries a program, at most: they share the turning of the keys."""
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def context_attention_forward_kernel(
                 acc = acc * shrink + own_weight * own_value
                 peak = higher
         to = out + ((clip * G * R + row) * HEADS + head) * WIDTH + column
-        tl.store(to, (acc / total).to(out.dtype.element_ty), mask=mask)
+        tl.store(to, (acc * (1.0 / total)).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -210,8 +210,9 @@ def context_attention_backward_kernel(
                 total = total * shrink + own_weight
                 mean = mean * shrink + own_weight * tl.sum(upstream * own_value, axis=1)[:, None]
                 peak = higher
-        mean /= total
-        weight = tl.exp(score - peak) / total
+        total = 1.0 / total
+        mean *= total
+        weight = tl.exp(score - peak) * total
         slope = weight * (product - mean) * scale
         query_grad = dot_both_wide(slope, key, tl.zeros((QUERIES, BLOCK), tl.float32), query.dtype)
         if WANT_KEYS:
@@ -225,7 +226,7 @@ def context_attention_backward_kernel(
                 own_key = tl.load(own_keys + j * own_k_j + column, mask=mask, other=0.0).to(tl.float32)
                 aside = tl.load(own_keys + j * own_k_j + _partner(column, HALF), mask=mask, other=0.0).to(tl.float32)
                 own_value = tl.load(own_values + j * own_v_j, mask=mask, other=0.0).to(tl.float32)
-                own_weight = tl.exp(tl.sum(turned * own_key, axis=1)[:, None] * scale - peak) / total
+                own_weight = tl.exp(tl.sum(turned * own_key, axis=1)[:, None] * scale - peak) * total
                 own_slope = own_weight * (tl.sum(upstream * own_value, axis=1)[:, None] - mean) * scale
                 query_grad += own_slope * (own_key * cos + aside * sin)
                 to = (((clip * G * R + row) * J + j) * HEADS + head) * WIDTH + column
@@ -282,7 +283,7 @@ def _sizes(size: Tile, each: int, tokens: int) -> dict[str, int]:
         "BLOCK": max(16, size.block),
         "TOKENS": max(16, triton.next_power_of_2(tokens)),
         "QUERIES": queries,
-        "STEPS": min(STEPS, max(1, triton.cdiv(each, queries))),
+        "STEPS": triton.cdiv(max(1, min(each, QUERIES)), queries),
     }
 
 

@@ -103,12 +103,14 @@ TABLE: tuple[Row, ...] = (
     Row("delta_pool_query", 1024, 4, None, 4),
     Row("delta_pool_spread", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
     Row("delta_pool_spread", WIDEST, 64, 128, 4, 2),
-    # Tiles of queries against at most 32 keys.
+    # Tiles of queries against at most 32 keys; the backward holds ten tiles and fills the registers, more so in float32.
+    Row("context_attention_forward", 64, 32, None, 4, 1, dtype=torch.float32),
     Row("context_attention_forward", 64, 64, None, 4, 2),
-    Row("context_attention_forward", 128, 32, None, 4, 2),
-    Row("context_attention_backward", 64, 32, None, 4, 2),
-    Row("context_attention_backward", 128, 16, None, 4, 2),
-    Row("context_attention_reduce", 128, 4, None, 4),
+    Row("context_attention_forward", 128, 32, None, 8, 1),
+    Row("context_attention_backward", 64, 16, None, 8, 1, dtype=torch.float32),
+    Row("context_attention_backward", 64, 16, None, 4, 2),
+    Row("context_attention_backward", 128, 16, None, 8, 1),
+    Row("context_attention_reduce", 128, 4, None, 1),
 )
 
 
