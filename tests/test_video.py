@@ -141,7 +141,7 @@ def test_bundled_clip() -> None:
     assert CLIP.stat().st_size < 500_000
     assert "Blender Foundation" in (CLIP.parent / "ATTRIBUTION.txt").read_text(encoding="utf-8")
     clip = read_clip(CLIP)
-    assert clip.frames.shape == (132, 3, 180, 320)
+    assert clip.frames.shape == (132, 3, 192, 256)
     assert clip.fps == 25
     moved = (clip.frames[6:].float() - clip.frames[:-6].float()).abs().mean((1, 2, 3))
     assert moved.min() > 1, "every quarter second something moves"
@@ -291,6 +291,7 @@ def test_damaged_in_the_middle(tmp_path: Path) -> None:
 def test_too_short_and_out_of_range(steady: Path) -> None:
     with pytest.raises(VideoError, match=r"steady\.mp4: too short: 31 frames .* it has 30; but its last frame is at 1\.160 s"):
         read_clip(steady, num_frames=31)
+    assert which(read_clip(steady, num_frames=31, strict=False)) == list(range(30))
     with pytest.raises(VideoError, match=r"a frame at 1\.300 s was asked for, but its last frame is at 1\.160 s"):
         read_clip(steady, timestamps=[0.1, 1.3])
     with pytest.raises(VideoError, match=r"start is 5\.000 s"):

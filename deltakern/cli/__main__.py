@@ -1,0 +1,7 @@
+"""``python -m deltakern.cli``."""
+
+import sys
+
+from deltakern.cli import main
+
+sys.exit(main())
