@@ -86,7 +86,8 @@ def write_store(folder: Path, videos: int = 12, crops: int = 2, rows_per_shard: 
 def clean_processes() -> Any:
     """A multiprocessing context whose children are forked from a process that has imported everything and started no thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deltakern.training.tok", "deltakern.training.world", "pyarrow.parquet", "av", "rich.progress"])
+    heavy = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "pyarrow.parquet", "av", "rich.progress"]
+    context.set_forkserver_preload(["deltakern.training.tok", "deltakern.training.world", *heavy])
     return context
 
 
