@@ -225,7 +225,7 @@ def test_the_training_pass_compiles_as_one_graph(kind):
 
 
 def test_the_loops_compiled_pass_is_the_plain_one(tmp_path, monkeypatch):
-    """What the options ask for is done to the objective and to the trained blocks; what torch.compile makes of models is tested with them."""
+    """The objective is compiled, the trained blocks recompute; what torch.compile makes of models is tested with them."""
     calls = []
     monkeypatch.setattr(PairObjective, "compile", lambda self: calls.append(self))
     from deltakern.data.sampling import Sampling
