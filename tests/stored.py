@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from deltakern.models import checkpoint
 from deltakern.models.dinov3 import DINOv3Config
 from deltakern.training.world import Predictor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is in the repository, not in the package
 CLIP = Path(__file__).parent / "data" / "carphone.mp4"
 SMALL = Sampling(num_frames=8, size=32)
 PREDICTOR = Predictor(width=32, layers=2, heads=2, mlp_ratio=2, candidates=4, samples=3, layer_scale_init=0.1)

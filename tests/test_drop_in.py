@@ -8,7 +8,6 @@ It is trained once with deltakern's models and once with the release's structure
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 pytest.importorskip("lightning", reason='needs Lightning: pip install "deltakern[lightning]"')
 
 import lightning
+import stored
 from compare import relative_rmse
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
@@ -394,7 +394,6 @@ model:
 def test_the_config_names_deltakerns_classes(tmp_path):
     """LightningCLI builds the nested ``class_path`` entries of the released configs with one line changed in each."""
     pytest.importorskip("jsonargparse", reason='needs jsonargparse: pip install "deltakern[lightning]"')
-    stored = importlib.import_module("stored")
     from lightning.pytorch.cli import LightningCLI
 
     dinov3, _ = stored.write_models(tmp_path)
