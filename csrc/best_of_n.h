@@ -117,7 +117,7 @@ DK_INLINE float widen_float16(uint16_t bits) {
 }
 
 // The formulas, written once for a float and for a vector of floats (GCC's vector extension). The build switches contraction of
-// a * b + c off, so that every instruction set rounds alike; `fused` alone may use one instruction, and only log_cosh calls it.
+// a * b + c off: what rounds once says so by `fused`, so that every machine with such an instruction computes the same bits.
 
 template <class V>
 struct Bits;  // the unsigned integers of V's width
@@ -145,21 +145,17 @@ DK_INLINE V magnitude(V x) {
   return bit_cast<V>(static_cast<Word>(bit_cast<Word>(x) & 0x7fffffffu));
 }
 
-// min(x, limit), and `limit` where x is NaN
+// x within [-limit, limit], with the sign of x; some finite value where x is NaN
 template <class V>
-DK_INLINE V at_most(V x, V limit) {
-  return x < limit ? x : limit;
+DK_INLINE V clamp(V x, V limit) {
+  const V least = x > -limit ? x : -limit;
+  return least < limit ? least : limit;
 }
 
+// a * b + c, rounded once where the machine has an instruction for it (a CPU without FMA rounds twice)
 template <class V>
 DK_INLINE V fused(V a, V b, V c) {
   return a * b + c;
-}
-
-// a - b / 2. Halving is exact, so one fused instruction and two plain ones give the same bits.
-template <class V>
-DK_INLINE V less_half(V a, V b) {
-  return a - b * 0.5f;
 }
 
 #ifdef __CUDA_ARCH__
@@ -168,16 +164,12 @@ __device__ __forceinline__ float magnitude<float>(float x) {
   return fabsf(x);
 }
 template <>
-__device__ __forceinline__ float at_most<float>(float x, float limit) {
-  return fminf(x, limit);
+__device__ __forceinline__ float clamp<float>(float x, float limit) {
+  return fminf(fmaxf(x, -limit), limit);
 }
 template <>
 __device__ __forceinline__ float fused<float>(float a, float b, float c) {
   return fmaf(a, b, c);
-}
-template <>
-__device__ __forceinline__ float less_half<float>(float a, float b) {
-  return fmaf(b, -0.5f, a);
 }
 #endif
 
@@ -217,22 +209,19 @@ DK_INLINE V log_cosh(V x) {
   return x < splat<V>(1.0f) ? small : large;
 }
 
-// One element's share of a row's sum (see scale_of). value(0) is exactly 0, so rows may be padded with equal elements.
+// Adds one element's value (see scale_of) to a row's sum. A difference of 0 adds exactly 0, so rows may be padded with equal elements.
 template <Loss L, class V>
-DK_INLINE V value(V difference, V beta) {
-  if constexpr (L == Loss::mse) {
-    return difference * difference;
+DK_INLINE V add_value(V sum, V difference, V beta) {
+  if constexpr (L == Loss::smooth_l1) {
+    // beta * smooth_l1 without a branch: m = d within beta of 0 gives d^2 / 2, m = +-beta beyond gives beta * (|d| - beta / 2)
+    const V m = clamp<V>(difference, beta);
+    return fused<V>(m, fused<V>(m, splat<V>(-0.5f), difference), sum);
+  } else if constexpr (L == Loss::mse) {
+    return fused<V>(difference, difference, sum);
+  } else if constexpr (L == Loss::log_cosh) {
+    return sum + log_cosh<V>(magnitude<V>(difference));
   } else {
-    const V a = magnitude<V>(difference);
-    if constexpr (L == Loss::l1) {
-      return a;
-    } else if constexpr (L == Loss::log_cosh) {
-      return log_cosh<V>(a);
-    } else {
-      // beta * smooth_l1 without a branch: m = a below beta gives a^2 / 2, m = beta above it gives beta * (a - beta / 2)
-      const V m = at_most<V>(a, beta);
-      return m * less_half<V>(a, m);
-    }
+    return sum + magnitude<V>(difference);
   }
 }
 

@@ -77,6 +77,8 @@ void gather(const void* base, DType type, const Span& span, int64_t offset, int6
 }
 
 struct Worker {
+  Worker(const Problem& problem, const CpuKernels& table) : p(problem), kernels(table) {}
+
   const Problem& p;
   const CpuKernels& kernels;
   alignas(64) float target[kBlock];
@@ -88,16 +90,18 @@ struct Worker {
     const int size = p.candidate_type == DType::float32 ? 4 : 2, loss = static_cast<int>(p.loss);
     int64_t candidate, target_start;
     group_offsets(p, group, &candidate, &target_start);
-    gather(p.target, p.target_type, p.target_span, target_start, first, n, scratch);
+    gather(p.target, p.target_type, p.target_span, target_start, first, n, target);
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    std::fill(target + n, target + padded, 0.0f);
     if (contiguous(p.candidate_span)) {
       const int type = static_cast<int>(p.candidate_type);
-      kernels.arrange[type](scratch, n, target);
+      kernels.arrange[type](target, padded);
       const char* rows = static_cast<const char*>(p.candidates) + (candidate + start * p.count_stride + first) * size;
       kernels.sum[type][loss](rows, p.count_stride, stop - start, target, n, p.beta, sums);
       return;
     }
     const int type = static_cast<int>(DType::float32);
-    kernels.arrange[type](scratch, n, target);
+    kernels.arrange[type](target, padded);
     for (int64_t i = start; i < stop; ++i) {
       gather(p.candidates, p.candidate_type, p.candidate_span, candidate + i * p.count_stride, first, n, scratch);
       kernels.sum[type][loss](scratch, 0, 1, target, n, p.beta, sums + (i - start));
@@ -134,11 +138,11 @@ void best_of_n_cpu(const Problem& p, int64_t* index, float* loss, float* losses,
   const double scale = scale_of(p);
 
   std::unique_ptr<float[]> partial(blocks > 1 ? new float[p.groups * p.count * blocks] : nullptr);
-  std::unique_ptr<Best[]> bests(blocks == 1 ? new Best[p.groups * tiles] : nullptr);
+  std::unique_ptr<Best[]> bests(blocks == 1 && tiles > 1 ? new Best[p.groups * tiles] : nullptr);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Worker worker{p, kernels, {}, {}};
+    Worker worker(p, kernels);
     float sums[kTile];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
@@ -155,10 +159,16 @@ void best_of_n_cpu(const Problem& p, int64_t* index, float* loss, float* losses,
         if (losses) losses[group * p.count + i] = here.loss;
         best = better(best, here);
       }
-      bests[group * tiles + t] = best;
+      if (tiles > 1) {
+        bests[group * tiles + t] = best;
+      } else {
+        index[group] = best.index;
+        loss[group] = best.loss;
+      }
     }
+    const int64_t unfinished = blocks > 1 || tiles > 1 ? p.groups : 0;
 #pragma omp for schedule(static)
-    for (int64_t group = 0; group < p.groups; ++group) {
+    for (int64_t group = 0; group < unfinished; ++group) {
       Best best;
       if (blocks == 1) {
         best = bests[group * tiles];

@@ -7,7 +7,7 @@ namespace deltakern {
 
 // A row is summed in blocks of kBlock elements. Within a block element i goes to lane i % kLanes, every lane adds in order, and the
 // lanes are folded in halves; the blocks' sums are added in float64, in order. This depends on the row's width alone: not on
-// strides, dtype, threads, the tiling, or the instruction set.
+// strides, dtype, threads, the tiling, or the instruction set (but without FMA every addition of a product rounds twice).
 constexpr int64_t kBlock = 4096;
 constexpr int kLanes = 64;
 
@@ -15,8 +15,8 @@ constexpr int kLanes = 64;
 using SumRows = void (*)(const void* rows_start, int64_t row_stride, int64_t rows, const float* target, int64_t n, float beta, float* sums);
 
 struct CpuKernels {
-  SumRows sum[3][4];                                              // [DType][Loss]
-  void (*arrange[3])(const float* target, int64_t n, float* out);  // [DType]: pads to kLanes with zeros, in the order that sum reads
+  SumRows sum[3][4];                             // [DType][Loss]
+  void (*arrange[3])(float* target, int64_t n);  // [DType]: puts a target, padded to n % kLanes == 0, in the order that sum reads
 };
 
 extern const CpuKernels kernels_baseline;

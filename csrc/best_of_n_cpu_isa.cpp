@@ -40,6 +40,24 @@ struct Bits<Vec> {
   using Word = Words;
 };
 
+#if defined(__AVX512DQ__)
+template <>
+inline __attribute__((always_inline)) Vec clamp<Vec>(Vec x, Vec limit) {
+  return (Vec)_mm512_range_ps((__m512)x, (__m512)limit, 0x2);  // the lesser magnitude with the sign of x
+}
+#endif
+#if defined(__AVX512F__)
+template <>
+inline __attribute__((always_inline)) Vec fused<Vec>(Vec a, Vec b, Vec c) {
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#elif defined(__FMA__)
+template <>
+inline __attribute__((always_inline)) Vec fused<Vec>(Vec a, Vec b, Vec c) {
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#endif
+
 namespace {
 
 struct Float32 {};
@@ -53,43 +71,12 @@ DK_INLINE V load(const void* from) {
   return v;
 }
 
-#if defined(__AVX512F__)
-DK_INLINE Vec fused_less_half(Vec a, Vec b) { return (Vec)_mm512_fnmadd_ps((__m512)b, _mm512_set1_ps(0.5f), (__m512)a); }
-#elif defined(__FMA__)
-DK_INLINE Vec fused_less_half(Vec a, Vec b) { return (Vec)_mm256_fnmadd_ps((__m256)b, _mm256_set1_ps(0.5f), (__m256)a); }
-#else
-DK_INLINE Vec fused_less_half(Vec a, Vec b) { return less_half<Vec>(a, b); }
-#endif
-
-template <Loss L>
-DK_INLINE Vec value_here(Vec difference, Vec beta) {
-#if defined(__AVX512DQ__)
-  if constexpr (L == Loss::smooth_l1) {  // clamp to [-beta, beta] in one instruction; both factors then carry the same sign
-    const Vec m = (Vec)_mm512_range_ps((__m512)difference, (__m512)beta, 0x2);
-    return m * fused_less_half(difference, m);
-  }
-#endif
-  if constexpr (L == Loss::smooth_l1) {
-    const Vec a = magnitude<Vec>(difference);
-    const Vec m = at_most<Vec>(a, beta);
-    return m * fused_less_half(a, m);
-  }
-  return value<L, Vec>(difference, beta);
-}
-
-// Element i of a group of kLanes goes to vector i / kWidth, place i % kWidth; but bfloat16 is read in pairs, and of two vectors the
-// first then holds the even elements and the second the odd ones. `place` says where element i lies.
+// Element i of a group of kLanes goes to vector i / kWidth, place i % kWidth. But bfloat16 is read in pairs: of two vectors the first
+// then holds the even elements and the second the odd ones, and the target is arranged likewise.
 template <class T>
 constexpr bool kPaired = false;
 template <>
 constexpr bool kPaired<Bfloat16> = true;
-
-template <class T>
-DK_INLINE int place(int i) {
-  if (!kPaired<T>) return i;
-  const int pair = i / (2 * kWidth), within = i % (2 * kWidth);
-  return pair * 2 * kWidth + (within % 2) * kWidth + within / 2;
-}
 
 // The kLanes elements at `from`, widened
 DK_INLINE void widen(Float32, const char* from, Vec (&out)[kVectors]) {
@@ -140,6 +127,15 @@ struct Halved {
   }
 };
 
+// Every second place of two vectors joined
+template <int From>
+struct Second {
+  int32_t at[kWidth];
+  constexpr Second() : at() {
+    for (int i = 0; i < kWidth; ++i) at[i] = From + 2 * i;
+  }
+};
+
 template <class Places>
 DK_INLINE Vec shuffle(Vec a, Vec b) {
   static constexpr Places places;
@@ -186,23 +182,28 @@ void sum_rows(const void* rows_start, int64_t row_stride, int64_t rows, const fl
     for (int64_t i = 0; i < whole; i += kLanes) {
       widen(T{}, row + i * kSize<T>, here);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[v] += value_here<L>(here[v] - load<Vec>(target + i + v * kWidth), beta);
+      for (int v = 0; v < kVectors; ++v) sum[v] = add_value<L, Vec>(sum[v], here[v] - load<Vec>(target + i + v * kWidth), beta);
     }
     if (rest) {
       char padded[kLanes * kSize<T>] = {};
       memcpy(padded, row + whole * kSize<T>, rest * kSize<T>);
       widen(T{}, padded, here);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[v] += value_here<L>(here[v] - load<Vec>(target + whole + v * kWidth), beta);
+      for (int v = 0; v < kVectors; ++v) sum[v] = add_value<L, Vec>(sum[v], here[v] - load<Vec>(target + whole + v * kWidth), beta);
     }
     sums[r] = fold<T>(sum);
   }
 }
 
 template <class T>
-void arrange(const float* target, int64_t n, float* out) {
-  for (int64_t start = 0; start < n; start += kLanes)
-    for (int i = 0; i < kLanes; ++i) out[start + place<T>(i)] = start + i < n ? target[start + i] : 0.0f;
+void arrange(float* target, int64_t n) {
+  if (!kPaired<T>) return;
+  for (float* at = target; at < target + n; at += 2 * kWidth) {
+    const Vec a = load<Vec>(at), b = load<Vec>(at + kWidth);
+    const Vec even = shuffle<Second<0>>(a, b), odd = shuffle<Second<1>>(a, b);
+    memcpy(at, &even, sizeof even);
+    memcpy(at + kWidth, &odd, sizeof odd);
+  }
 }
 
 }  // namespace

@@ -59,16 +59,16 @@ __device__ __forceinline__ float read(const void* base, DType type, int64_t offs
 template <Loss L>
 struct Fixed {
   static constexpr int kAtOnce = L == Loss::log_cosh ? 1 : 2;  // steps whose loads are in flight together
-  __device__ static float value_of(const Problem&, float difference, float beta) { return value<L, float>(difference, beta); }
+  __device__ static float add(const Problem&, float sum, float difference, float beta) { return add_value<L, float>(sum, difference, beta); }
 };
 struct Chosen {
   static constexpr int kAtOnce = 1;
-  __device__ static float value_of(const Problem& p, float difference, float beta) {
+  __device__ static float add(const Problem& p, float sum, float difference, float beta) {
     switch (p.loss) {
-      case Loss::smooth_l1: return value<Loss::smooth_l1, float>(difference, beta);
-      case Loss::log_cosh: return value<Loss::log_cosh, float>(difference, beta);
-      case Loss::mse: return value<Loss::mse, float>(difference, beta);
-      default: return value<Loss::l1, float>(difference, beta);
+      case Loss::smooth_l1: return add_value<Loss::smooth_l1, float>(sum, difference, beta);
+      case Loss::log_cosh: return add_value<Loss::log_cosh, float>(sum, difference, beta);
+      case Loss::mse: return add_value<Loss::mse, float>(sum, difference, beta);
+      default: return add_value<Loss::l1, float>(sum, difference, beta);
     }
   }
 };
@@ -209,7 +209,7 @@ __device__ __forceinline__ void add_steps(const Problem& p, const typename Rows:
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[r] += Formula::value_of(p, Rows::element(piece[s][r], q * 4 + j) - wanted[j], beta);
+        for (int j = 0; j < 4; ++j) sum[r] = Formula::add(p, sum[r], Rows::element(piece[s][r], q * 4 + j) - wanted[j], beta);
     }
 }
 

@@ -455,3 +455,48 @@ _context_attention("rollout-own", 16, 1, 20, 4, 12, 64, REAL, rope_size=60, own=
 _context_attention("long-context", 64, 1, 1024, 32, 12, 64, TIMED, rope_size=60)
 _context_attention("vit-large", 64, 7, 256, 7, 16, 64, REAL, rope_size=60, causal=True)
 _context_attention("vit-huge", 64, 7, 256, 7, 20, 64, REAL, rope_size=60, causal=True)
+
+
+# --- best_of_n -------------------------------------------------------------------------------------------------------------
+
+
+def _best_of_n(
+    name: str,
+    shape: tuple[int, ...],
+    tags: frozenset[str],
+    *,
+    reduce_dims: int = 1,
+    loss: str = "smooth_l1",
+    target: torch.dtype | None = None,
+    wanted: tuple[int, ...] = (0, 1),
+) -> None:
+    """``shape`` is that of the candidates; ``target`` the target's dtype where it is not the candidates'."""
+    axis = len(shape) - reduce_dims - 1
+
+    def make(dtype, device, generator, shrink):
+        full = (shrunk(shape[0], shrink), *shape[1:]) if axis else shape
+        candidates = normal(full, dtype, device, generator)
+        wished = normal((*full[:axis], *full[axis + 1 :]), target or dtype, device, generator)
+        return (candidates, wished), {"loss": loss, "reduce_dims": reduce_dims}
+
+    count, groups = math.prod(shape), math.prod(shape[:axis])
+    wide = count // shape[axis]
+
+    def moved(dtype):
+        return nbytes((count, dtype), (wide, target or dtype), (groups, torch.int64), (groups, torch.float32))
+
+    add(Case("best_of_n", name, make, wanted, moved, 6 * count, tags))
+
+
+_best_of_n("odd", (3, 5, 37), TINY)
+_best_of_n("one-candidate", (3, 1, 8), TINY, loss="l1")
+_best_of_n("no-leading-dimension", (7, 16), TINY, loss="mse")
+_best_of_n("feature-maps", (3, 4, 3, 19), TINY, reduce_dims=2, loss="log_cosh")
+_best_of_n("float32-target", (3, 2, 9, 24), TINY, target=torch.float32)
+_best_of_n("several-blocks", (3, 2, 4099), TINY)
+_best_of_n("training", (32, 7, 256, 768), TIMED, wanted=())
+_best_of_n("training-8-clips", (8, 7, 256, 768), TIMED, wanted=())
+_best_of_n("training-float32-target", (32, 7, 256, 768), REAL, target=torch.float32, wanted=())
+_best_of_n("best-sample-512", (1, 20, 1024, 768), TIMED, reduce_dims=2, wanted=())
+_best_of_n("best-sample-256", (16, 20, 256, 768), TIMED, reduce_dims=2, wanted=())
+_best_of_n("search-65536", (1, 65536, 768), REAL, wanted=())

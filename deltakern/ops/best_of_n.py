@@ -19,8 +19,9 @@ are 64 bits wide. Of up to 4 dimensions R and up to 6 before N.
 Gradient: of ``loss``, with respect to candidates and target; zero everywhere but at the winner. Only the winner's difference is
 kept for it. ``losses`` carries none. A second derivative raises.
 Accumulation and determinism: float32 in blocks, the blocks' sums in float64, in an order that depends on M (and, on a GPU, on the
-size of an element) alone. The same inputs give the same bits on every run, for any number of threads, any instruction set,
-any strides, and however N is cut into chunks (:class:`BestOfN`). The two devices' orders differ, so their last bits may.
+size of an element) alone. The same inputs give the same bits on every run, for any number of threads, AVX2 or AVX-512, any
+strides, and however N is cut into chunks (:class:`BestOfN`). The two devices' orders differ, so their last bits may; so may
+those of a CPU without FMA, which rounds products before it adds them.
 Source: ``_bom_queries`` (training) and the choice of the best sample (evaluation) of the released code; paper, section 3.
 """
 
