@@ -236,13 +236,14 @@ class Graphs:
 
 
 def _sample_bytes(world: DeltaWorld, memory: torch.Tensor, horizon: int) -> int:
-    """About what one sample of a portion takes: its own keys and values, noise and tokens, the MLP's and attention's activations."""
+    """About what one sample of a portion takes: its own keys and values, noise and tokens, activations of MLP and attention."""
     _, layers, _, _, heads, head = memory.shape
     width, size = heads * head, memory.element_size()
     hidden = world.predictor.blocks[0].mlp.up_proj.out_features
     cached = 2 * layers * (horizon - 1) * width * size
     wide = 4 * width * (2 * (horizon - 1) + 4)  # what the attention's reference casts to float32
-    return cached + wide + size * (3 * hidden + 8 * width) + 8 * horizon * width
+    noise = 40 * horizon * width  # with the integers that it is made of
+    return cached + wide + noise + size * (3 * hidden + 8 * width)
 
 
 def sample(
