@@ -525,7 +525,7 @@ def test_random_weights_are_the_same_each_time(monkeypatch):
     monkeypatch.setattr(stage, "DINOv3Config", lambda: stored.CONFIG)
     one, other = (stage.load_tokenizer(random_weights=True) for _ in range(2))
     assert fingerprint(one) == fingerprint(other)
-    with pytest.raises(ValueError, match="random_weights comes without"):
+    with pytest.raises(ValueError, match="random weights come without"):
         stage.load_tokenizer("somewhere", random_weights=True)
 
 

@@ -20,7 +20,7 @@ from deltakern.data.store import Manifest, StoreError, Writer, done_clips, finge
 from deltakern.models import DeltaTok, DINOv3, DINOv3Config, checkpoint
 from deltakern.models.dinov3 import DEFAULT_WEIGHTS
 
-__all__ = ["PRECISIONS", "Summary", "TokenizeOptions", "load_tokenizer", "tokenize", "tokenize_videos"]
+__all__ = ["PRECISIONS", "Summary", "TokenizeOptions", "load_backbone", "load_tokenizer", "tokenize", "tokenize_videos"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 log = logging.getLogger("deltakern")
@@ -76,6 +76,17 @@ class TokenizeOptions:
             raise ValueError(f"part must be (i, n) with 0 <= i < n, got {self.part}")
 
 
+def load_backbone(dinov3: str | None = None, *, random_weights: bool = False) -> DINOv3:
+    """The frozen backbone: a folder or hub repository, None for the one that the released models use, or seeded random weights."""
+    if random_weights:
+        if dinov3:
+            raise ValueError("random weights come without dinov3")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return DINOv3(config=DINOv3Config())
+    return DINOv3.from_pretrained(dinov3 or DEFAULT_WEIGHTS)
+
+
 def load_tokenizer(dinov3: str | None = None, deltatok: str | None = None, *, random_weights: bool = False) -> DeltaTok:
     """The frozen backbone and tokenizer.
 
@@ -87,13 +98,13 @@ def load_tokenizer(dinov3: str | None = None, deltatok: str | None = None, *, ra
     Raises:
         FileNotFoundError, deltakern.models.checkpoint.CheckpointError: no such weights, or weights that do not fit together.
     """
+    if random_weights and deltatok:
+        raise ValueError("random weights come without deltatok")
+    backbone = load_backbone(dinov3, random_weights=random_weights)
     if random_weights:
-        if dinov3 or deltatok:
-            raise ValueError("random_weights comes without dinov3 and deltatok")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return DeltaTok(DINOv3(config=DINOv3Config()), layer_scale_init=0.1).eval()
-    backbone = DINOv3.from_pretrained(dinov3 or DEFAULT_WEIGHTS)
+            torch.manual_seed(1)
+            return DeltaTok(backbone, layer_scale_init=0.1).eval()
     weights = checkpoint.read(deltatok or checkpoint.RELEASED["deltatok"])
     tokenizer = DeltaTok(backbone, **checkpoint.infer_deltatok_config(weights.state_dict))
     checkpoint.load_into(tokenizer, weights)

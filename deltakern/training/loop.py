@@ -233,6 +233,8 @@ class _Loop:
             if self.step % options.save_every == 0 or last or stop:
                 self._save()
                 saved_at = self.step
+                if place.first:
+                    log.info("step %d of %d: loss %.5g, saved", self.step, self.schedule.total, loss)
         if saved_at != self.step:
             self._save()
         done = self.step >= self.schedule.total
@@ -294,6 +296,7 @@ class _Loop:
             return
         if self.logs:
             self.logs[1].add(self.step, **found)
+            log.info("step %d: validation %s", self.step, ", ".join(f"{name} {value:.5g}" for name, value in found.items()))
         if found["val"] < self.best:
             self.best = found["val"]
             if self.place.first:
