@@ -645,3 +645,37 @@ def test_the_optimizer_sees_ordinary_parameters():
     assert not torch.equal(before, after)
     assert not torch.equal(mean, after)
     assert not checkpoint.load_into(made, average.module.state_dict()).unknown
+
+
+# The commands
+
+
+def test_the_commands_from_videos_to_a_trained_world(videos, tmp_path, capsys):
+    """tokenize, train-world with the tokenizer checked, train-tok; each called again has nothing left to do."""
+    pytest.importorskip("typer")
+    pytest.importorskip("rich")
+    from deltakern.cli import main
+
+    dinov3, deltatok = stored.write_models(tmp_path / "models")
+    models = ["--dinov3", dinov3, "--deltatok", deltatok]
+    store, run = str(tmp_path / "store"), str(tmp_path / "run")
+    make = ["tokenize", str(videos), "--out", store, "--crops", "3", "--size", "32", "--devices", "cpu", *models]
+    assert main(make) == 0
+    assert "9 clips written, 0 were there, 1 videos failed" in capsys.readouterr().out
+    assert main(make) == 0
+    assert "0 clips written, 9 were there" in capsys.readouterr().out
+    small = ["--width", "32", "--layers", "1", "--heads", "2", "--candidates", "4", "--samples", "3"]
+    short = ["--steps", "4", "--cooldown", "0", "--warmup", "1", "--batch-size", "4", "--device", "cpu", "--log-every", "1"]
+    begin = ["train-world", store, "--out", run, *small, *short, *models, "--val-fraction", "0", "--val-video", str(videos / "0.mp4")]
+    assert main(begin) == 0
+    assert "done, 4 steps" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(tmp_path / "run/validation.csv")] == [4]
+    _, other = stored.write_models(tmp_path / "other", seed=1)
+    assert main(["train-world", store, "--out", run, *small, *short, "--dinov3", dinov3, "--deltatok", other]) == 1
+    assert "tokens of one tokenizer mean nothing to another" in capsys.readouterr().err
+    assert main(["tokenize", str(videos / "broken.mp4"), "--out", str(tmp_path / "none"), "--devices", "cpu", *models]) == 1
+    assert main(["tokenize", str(videos), "--out", store, "--part", "5/4", *models]) == 1
+    assert "--part must be i/n" in capsys.readouterr().err
+    tok_run = ["train-tok", str(videos), "--out", str(tmp_path / "tok"), "--dinov3", dinov3, "--init", deltatok, "--size", "32", *short]
+    assert main(tok_run) == 0
+    assert weights(tmp_path / "tok").keys() == checkpoint.read(deltatok).state_dict.keys()

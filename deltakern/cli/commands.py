@@ -107,3 +107,188 @@ def report(
     from deltakern.report.run import main as measure
 
     return measure(preset, device, out, only, source)
+
+
+@app.command()
+def tokenize(
+    sources: Annotated[list[str], typer.Argument(help="Videos, folders of videos, lists of paths (.txt), tar shards.")],
+    out: Annotated[str, Option(help="The token store; created, or added to.")],
+    crops: Annotated[int, Option(help="Random draws of every video.")] = 1,
+    frames: Annotated[int, Option(help="Frames of a clip.")] = 8,
+    size: Annotated[int, Option(help="Height and width of the drawn frames in pixels.")] = 512,
+    dinov3: Annotated[str | None, Option(help="DINOv3 weights: folder or hub repository. The released models' without it.")] = None,
+    deltatok: Annotated[str | None, Option(help="DeltaTok checkpoint: file or hub repository. The released one without it.")] = None,
+    random_weights: Annotated[bool, Option("--random-weights", help="Random weights of the released sizes, to try it out.")] = False,
+    float32: Annotated[bool, Option("--float32", help="Store float32 instead of float16.")] = False,
+    precision: Annotated[str | None, Option(help="float32 or bfloat16 computation. By default bfloat16 on a GPU.")] = None,
+    devices: Annotated[str | None, Option(help="Such as cuda:0,cuda:1; a process each. By default every GPU, or the CPU.")] = None,
+    workers: Annotated[int, Option(help="Processes a device that decode video.")] = 0,
+    batch: Annotated[int, Option(help="Clips encoded at once. Above 1 last bits may depend on what was left to do.")] = 1,
+    shard: Annotated[int, Option(help="Clips a shard: what a killed process loses at most.")] = 1024,
+    part: Annotated[str, Option(help="i/n: every n-th video from the i-th, to share the work among machines.")] = "1/1",
+    seed: Annotated[int, Option(help="Of the draws.")] = 0,
+) -> int:
+    """Encode videos as delta tokens once and keep them. A run that was killed is continued by the same command."""
+    from deltakern.data.sampling import Sampling
+    from deltakern.training import commands
+
+    return commands.tokenize(
+        sources,
+        out,
+        sampling=Sampling(num_frames=frames, size=size),
+        devices=devices,
+        part=part,
+        precision=precision,
+        dinov3=dinov3,
+        deltatok=deltatok,
+        random_weights=random_weights,
+        crops=crops,
+        dtype="float32" if float32 else "float16",
+        workers=workers,
+        batch=batch,
+        rows_per_shard=shard,
+        seed=seed,
+    )
+
+
+@app.command()
+def train_world(
+    stores: Annotated[list[str], typer.Argument(help="Token stores, all of one tokenizer.")],
+    out: Annotated[Path, Option(help="Folder of the run; one that is there is continued.")],
+    steps: Annotated[int, Option(help="Before the cool-down.")] = 300_000,
+    batch_size: Annotated[int, Option(help="Clips a step, over all processes.")] = 1024,
+    rate: Annotated[float, Option(help="Learning rate after the warm-up.")] = 1e-4,
+    weight_decay: Annotated[float, Option(help="Of linear weights.")] = 0.4,
+    warmup: Annotated[int, Option(help="Steps.")] = 5000,
+    cooldown: Annotated[int, Option(help="Steps at a tenth of the rate, after the others.")] = 5000,
+    clip: Annotated[float | None, Option(help="Largest norm of the gradient. Not clipped without it.")] = None,
+    accumulate: Annotated[int, Option(help="Parts that a process computes its share of a batch in.")] = 1,
+    width: Annotated[int, Option(help="Of the predictor.")] = 768,
+    layers: Annotated[int, Option(help="Of the predictor.")] = 12,
+    heads: Annotated[int, Option(help="Of the predictor.")] = 12,
+    candidates: Annotated[int, Option(help="Among which training takes the best.")] = 256,
+    samples: Annotated[int, Option(help="Futures drawn in validation.")] = 20,
+    init: Annotated[str | None, Option(help="DeltaWorld checkpoint to begin with.")] = None,
+    val_fraction: Annotated[float, Option(help="Share of the videos held out for validation.")] = 0.02,
+    val_video: Annotated[list[str] | None, Option(help="Video, folder or list to validate on in features. May be repeated.")] = None,
+    dinov3: Annotated[str | None, Option(help="As of tokenize; given, the stores must hold its tokens.")] = None,
+    deltatok: Annotated[str | None, Option(help="As of tokenize; given, the stores must hold its tokens.")] = None,
+    random_weights: Annotated[bool, Option("--random-weights", help="As of tokenize.")] = False,
+    precision: Annotated[str | None, Option(help="float32 or bfloat16. By default bfloat16 on a GPU.")] = None,
+    device: Annotated[str | None, Option(help="By default the GPU where there is one; under torchrun each process its own.")] = None,
+    seed: Annotated[int, Option(help="Of weights, order and noise.")] = 0,
+    save_every: Annotated[int, Option(help="Steps.")] = 500,
+    validate_every: Annotated[int, Option(help="Steps.")] = 5000,
+    log_every: Annotated[int, Option(help="Steps.")] = 10,
+    keep: Annotated[int, Option(help="Latest checkpoints that stay.")] = 3,
+    compile: Annotated[bool, Option("--compile", help="torch.compile the training pass.")] = False,
+    recompute: Annotated[bool, Option("--recompute", help="Keep no activations inside blocks.")] = False,
+    deterministic: Annotated[bool, Option("--deterministic", help="Deterministic algorithms alone.")] = False,
+    tensorboard: Annotated[bool, Option("--tensorboard", help="TensorBoard logs beside the CSV files.")] = False,
+) -> int:
+    """Train DeltaWorld from stored tokens by the released recipe. A run that was killed is continued by the same command."""
+    from deltakern.training import commands
+    from deltakern.training.world import Predictor
+
+    return commands.world(
+        stores,
+        out,
+        {
+            "steps": steps,
+            "batch_size": batch_size,
+            "rate": rate,
+            "weight_decay": weight_decay,
+            "warmup": warmup,
+            "cooldown": cooldown,
+            "clip": clip,
+            "accumulate": accumulate,
+            "precision": precision,
+            "device": device,
+            "seed": seed,
+            "save_every": save_every,
+            "validate_every": validate_every,
+            "log_every": log_every,
+            "keep": keep,
+            "compile": compile,
+            "recompute": recompute,
+            "deterministic": deterministic,
+            "tensorboard": tensorboard,
+        },
+        predictor=Predictor(width=width, layers=layers, heads=heads, candidates=candidates, samples=samples),
+        init=init,
+        val_fraction=val_fraction,
+        val_videos=val_video or (),
+        dinov3=dinov3,
+        deltatok=deltatok,
+        random_weights=random_weights,
+    )
+
+
+@app.command()
+def train_tok(
+    sources: Annotated[list[str], typer.Argument(help="Videos, folders of videos, lists of paths (.txt), tar shards.")],
+    out: Annotated[Path, Option(help="Folder of the run; one that is there is continued.")],
+    size: Annotated[int, Option(help="Height and width of the drawn frames in pixels.")] = 256,
+    steps: Annotated[int, Option(help="Before the cool-downs.")] = 1_000_000,
+    batch_size: Annotated[int, Option(help="Clips a step, over all processes.")] = 1024,
+    rate: Annotated[float, Option(help="Learning rate after the warm-up.")] = 1e-3,
+    weight_decay: Annotated[float, Option(help="Of linear weights.")] = 0.01,
+    warmup: Annotated[int, Option(help="Steps.")] = 5000,
+    cooldown: Annotated[int, Option(help="Steps of each cool-down, at a tenth of the rate before.")] = 0,
+    cooldowns: Annotated[int, Option(help="How many cool-downs.")] = 1,
+    clip: Annotated[float, Option(help="Largest norm of the gradient.")] = 0.01,
+    accumulate: Annotated[int, Option(help="Parts that a process computes its share of a batch in.")] = 1,
+    workers: Annotated[int, Option(help="Processes that decode video.")] = 0,
+    dinov3: Annotated[str | None, Option(help="DINOv3 weights: folder or hub repository. The released models' without it.")] = None,
+    init: Annotated[str | None, Option(help="DeltaTok checkpoint to begin with.")] = None,
+    random_weights: Annotated[bool, Option("--random-weights", help="A backbone of random weights, to try it out.")] = False,
+    val_fraction: Annotated[float, Option(help="Share of the videos held out for validation.")] = 0.0,
+    val_video: Annotated[list[str] | None, Option(help="Video, folder or list to validate on. May be repeated.")] = None,
+    precision: Annotated[str | None, Option(help="float32 or bfloat16. By default bfloat16 on a GPU.")] = None,
+    device: Annotated[str | None, Option(help="By default the GPU where there is one; under torchrun each process its own.")] = None,
+    seed: Annotated[int, Option(help="Of weights, order and draws.")] = 0,
+    save_every: Annotated[int, Option(help="Steps.")] = 500,
+    validate_every: Annotated[int, Option(help="Steps.")] = 5000,
+    log_every: Annotated[int, Option(help="Steps.")] = 10,
+    keep: Annotated[int, Option(help="Latest checkpoints that stay.")] = 3,
+    compile: Annotated[bool, Option("--compile", help="torch.compile the training pass.")] = False,
+    recompute: Annotated[bool, Option("--recompute", help="Keep no activations inside blocks.")] = False,
+    deterministic: Annotated[bool, Option("--deterministic", help="Deterministic algorithms alone.")] = False,
+    tensorboard: Annotated[bool, Option("--tensorboard", help="TensorBoard logs beside the CSV files.")] = False,
+) -> int:
+    """Train DeltaTok from videos by the released recipe. A run that was killed is continued by the same command."""
+    from deltakern.training import commands
+
+    return commands.tok(
+        sources,
+        out,
+        {
+            "steps": steps,
+            "batch_size": batch_size,
+            "rate": rate,
+            "weight_decay": weight_decay,
+            "warmup": warmup,
+            "cooldown": cooldown,
+            "cooldowns": cooldowns,
+            "clip": clip,
+            "accumulate": accumulate,
+            "precision": precision,
+            "device": device,
+            "seed": seed,
+            "save_every": save_every,
+            "validate_every": validate_every,
+            "log_every": log_every,
+            "keep": keep,
+            "compile": compile,
+            "recompute": recompute,
+            "deterministic": deterministic,
+            "tensorboard": tensorboard,
+        },
+        size=size,
+        workers=workers,
+        dinov3=dinov3,
+        init=init,
+        random_weights=random_weights,
+        val_fraction=val_fraction,
+        val_videos=val_video or (),
+    )

@@ -1,39 +1,26 @@
 """What the commands ``deltakern tokenize``, ``train-world`` and ``train-tok`` do. Each returns the exit status.
 
-0 done · 1 nothing could be done · 2 refused, with the reason on standard error · 143 ended by a signal with everything saved: the
-same command goes on.
+0: done. 1: nothing could be done. 143: ended by a signal with everything saved; the same command goes on.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 
-from deltakern._extras import MissingExtraError
 from deltakern.data.sampling import Sampling
 from deltakern.data.tokenize import Job, TokenizeOptions, load_backbone, load_tokenizer, run_on_devices
 from deltakern.models import DeltaTok, checkpoint
 from deltakern.training.loop import Result, TrainOptions
-from deltakern.training.run import TrainingError
-from deltakern.training.tok import train_tok
+from deltakern.training.tok import RELEASED, train_tok
 from deltakern.training.world import Predictor, train_world
 
 STOPPED = 143
-
-
-def _reported(body: Callable[[], int]) -> int:
-    """Runs a command; what the user can mend is said in one line instead of a traceback."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("deltakern").setLevel(logging.INFO)
-    try:
-        return body()
-    except (ValueError, FileNotFoundError, MissingExtraError, TrainingError) as problem:
-        print(f"deltakern: {problem}", file=sys.stderr)
-        return 2
 
 
 def default_devices() -> list[str]:
@@ -47,141 +34,94 @@ def default_precision(device: str | None) -> str:
     return "bfloat16" if kind == "cuda" else "float32"
 
 
+def _speak() -> None:
+    """The package's log to standard error, one line each."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("deltakern").setLevel(logging.INFO)
+
+
 def tokenize(
     sources: Sequence[str],
     out: str,
     *,
-    crops: int = 1,
-    frames: int = 8,
-    size: int = 512,
-    dinov3: str | None = None,
-    deltatok: str | None = None,
-    random_weights: bool = False,
-    float32: bool = False,
-    precision: str | None = None,
-    devices: str | None = None,
-    workers: int = 0,
-    batch: int = 1,
-    shard: int = 1024,
-    part: str = "1/1",
-    seed: int = 0,
+    sampling: Sampling,
+    devices: str | None,
+    part: str,
+    precision: str | None,
+    dinov3: str | None,
+    deltatok: str | None,
+    random_weights: bool,
+    **options: Any,
 ) -> int:
     """See :func:`deltakern.data.tokenize.tokenize`. ``devices`` are separated by commas; ``part`` is "i/n" counted from 1."""
-
-    def body() -> int:
-        index, _, count = part.partition("/")
-        if not (index.isdigit() and count.isdigit()):
-            raise ValueError(f"--part must be i/n, such as 1/4, got {part!r}")
-        used = [d.strip() for d in devices.split(",")] if devices else default_devices()
-        options = TokenizeOptions(
-            crops=crops,
-            sampling=Sampling(num_frames=frames, size=size),
-            dtype="float32" if float32 else "float16",
-            precision=precision or default_precision(used[0]),
-            seed=seed,
-            batch=batch,
-            workers=workers,
-            rows_per_shard=shard,
-            part=(int(index) - 1, int(count)),
-        )
-        done = run_on_devices(Job(tuple(sources), out, options, dinov3, deltatok, random_weights), used)
-        print(f"{out}: {done.written} clips written, {done.present} were there, {done.failed} videos failed")
-        if done.failed:
-            print(f"which and why: {out}/failed")
-        if done.stopped:
-            print("stopped by a signal; the same command goes on")
-            return STOPPED
-        return 0 if done.written + done.present else 1
-
-    return _reported(body)
+    _speak()
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"--part must be i/n with 1 <= i <= n, such as 1/4, got {part!r}")
+    used = [d.strip() for d in devices.split(",")] if devices else default_devices()
+    made = TokenizeOptions(
+        sampling=sampling, part=(int(index) - 1, int(count)), precision=precision or default_precision(used[0]), **options
+    )
+    done = run_on_devices(Job(tuple(sources), out, made, dinov3, deltatok, random_weights), used)
+    print(f"{out}: {done.written} clips written, {done.present} were there, {done.failed} videos failed")
+    if done.failed:
+        print(f"which and why: {out}/failed")
+    if done.stopped:
+        print("stopped by a signal; the same command goes on")
+        return STOPPED
+    return 0 if done.written + done.present else 1
 
 
-def _tokenizer(dinov3: str | None, deltatok: str | None, random_weights: bool, needed: bool) -> DeltaTok | None:
-    wanted = needed or dinov3 or deltatok or random_weights
-    return load_tokenizer(dinov3, deltatok, random_weights=random_weights) if wanted else None
+def world(
+    stores: Sequence[str],
+    out: str | PathLike,
+    options: dict[str, Any],
+    *,
+    predictor: Predictor,
+    dinov3: str | None,
+    deltatok: str | None,
+    random_weights: bool,
+    **arguments: Any,
+) -> int:
+    """See :func:`deltakern.training.world.train_world`. The tokenizer is loaded where its weights are named or videos validate."""
+    _speak()
+    wanted = dinov3 or deltatok or random_weights or arguments.get("val_videos")
+    tokenizer = load_tokenizer(dinov3, deltatok, random_weights=random_weights) if wanted else None
+    return _end(out, train_world(stores, out, train_options(options), predictor=predictor, tokenizer=tokenizer, **arguments))
 
 
-def _end(out: str, found: Result) -> int:
+def tok(
+    sources: Sequence[str],
+    out: str | PathLike,
+    options: dict[str, Any],
+    *,
+    size: int,
+    dinov3: str | None,
+    init: str | None,
+    random_weights: bool,
+    **arguments: Any,
+) -> int:
+    """See :func:`deltakern.training.tok.train_tok`. ``init`` is a checkpoint to begin with."""
+    _speak()
+    made = train_options({**vars(RELEASED), **options})
+    backbone = load_backbone(dinov3, random_weights=random_weights)
+    weights = checkpoint.read(init) if init else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(made.seed)
+        tokenizer = DeltaTok(backbone, **(checkpoint.infer_deltatok_config(weights.state_dict) if weights else {}))
+    if weights is not None:
+        checkpoint.load_into(tokenizer, weights)
+    return _end(out, train_tok(sources, out, tokenizer, made, sampling=Sampling(num_frames=2, size=size), **arguments))
+
+
+def train_options(given: dict[str, Any]) -> TrainOptions:
+    """With the precision that suits the device where none is given."""
+    return TrainOptions(**{**given, "precision": given.get("precision") or default_precision(given.get("device"))})
+
+
+def _end(out: str | PathLike, found: Result) -> int:
     if found.stopped:
         print(f"{out}: stopped by a signal after step {found.step}; the same command goes on")
         return STOPPED
-    print(f"{out}: done after step {found.step}")
+    print(f"{out}: done, {found.step} steps")
     return 0
-
-
-def train_world_command(
-    stores: Sequence[str],
-    out: str,
-    *,
-    predictor: Predictor,
-    options: dict[str, Any],
-    dinov3: str | None = None,
-    deltatok: str | None = None,
-    random_weights: bool = False,
-    init: str | None = None,
-    val_fraction: float = 0.02,
-    val_videos: Sequence[str] = (),
-    val_stride: float = 0.2,
-) -> int:
-    """See :func:`deltakern.training.world.train_world`; ``options`` are those of :class:`deltakern.training.loop.TrainOptions`."""
-
-    def body() -> int:
-        found = train_world(
-            stores,
-            out,
-            _options(options),
-            predictor=predictor,
-            tokenizer=_tokenizer(dinov3, deltatok, random_weights, bool(val_videos)),
-            init=init,
-            val_fraction=val_fraction,
-            val_videos=val_videos,
-            val_stride=val_stride,
-        )
-        return _end(out, found)
-
-    return _reported(body)
-
-
-def train_tok_command(
-    sources: Sequence[str],
-    out: str,
-    *,
-    options: dict[str, Any],
-    dinov3: str | None = None,
-    init: str | None = None,
-    size: int = 256,
-    workers: int = 0,
-    val_fraction: float = 0.0,
-    val_videos: Sequence[str] = (),
-    val_stride: float = 0.2,
-    random_weights: bool = False,
-) -> int:
-    """See :func:`deltakern.training.tok.train_tok`; ``options`` are those of :class:`deltakern.training.loop.TrainOptions`."""
-
-    def body() -> int:
-        made = _options(options)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(made.seed)
-            backbone = load_backbone(dinov3, random_weights=random_weights)
-            weights = checkpoint.read(init) if init else None
-            tokenizer = DeltaTok(backbone, **(checkpoint.infer_deltatok_config(weights.state_dict) if weights else {}))
-        if weights is not None:
-            checkpoint.load_into(tokenizer, weights)
-        found = train_tok(
-            sources,
-            out,
-            tokenizer,
-            made,
-            sampling=Sampling(num_frames=2, size=size),
-            workers=workers,
-            val_fraction=val_fraction,
-            val_videos=val_videos,
-            val_stride=val_stride,
-        )
-        return _end(out, found)
-
-    return _reported(body)
-
-
-def _options(given: dict[str, Any]) -> TrainOptions:
-    return TrainOptions(**{**given, "precision": given.get("precision") or default_precision(given.get("device"))})

@@ -23,7 +23,7 @@ STATE = "training_state.pt"
 SUMS = "sha256.json"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """A run that cannot go on. The message says what to do."""
 
 
