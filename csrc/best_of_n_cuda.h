@@ -10,7 +10,7 @@ namespace deltakern {
 // width and on the element's size: not on strides, the number of candidates or groups, or the device.
 constexpr int kCudaBlock = 2048;
 constexpr int kWarpRows = 4;  // candidates that a warp sums at once, so that as many loads are in flight
-constexpr int kMaxWarps = 16;
+constexpr int kMaxWarps = 10;  // of a thread block: two of them leave 96 registers a thread, which suffice without spills
 
 // How a problem is spread over a device. Only speed depends on it.
 struct CudaPlan {
