@@ -159,13 +159,21 @@ class SelfAttention(PackedModule):
         return self.q_norm.weight, self.k_norm.weight
 
     def _input_projection(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """q, k, v and the gate's logits as one product: weight (3D [+ H], D) and bias."""
+        """q, k, v and the gate's logits as one product: weight (3D [+ H + padding], D) and bias.
+
+        Zero rows fill the gate up to a multiple of 16, so that every row of the product begins at a multiple of 32 bytes and
+        kernels read its slices 16 bytes at a time.
+        """
         gate = (self.attn_gate.weight, self.attn_gate.bias) if self.gated else ()
         parts = (self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.v_proj.weight, self.v_proj.bias, *gate)
 
         def build(q, q_bias, k, v, v_bias, *gate):
-            biases = (q_bias, torch.zeros_like(q_bias), v_bias, *gate[1:])
-            return torch.cat((q, k, v, *gate[:1])), torch.cat(biases)
+            weights, biases = [q, k, v], [q_bias, torch.zeros_like(q_bias), v_bias]
+            if gate:
+                padding = -gate[0].shape[0] % 16
+                weights += [gate[0], q.new_zeros((padding, q.shape[1]))]
+                biases += [gate[1], q.new_zeros(padding)]
+            return torch.cat(weights), torch.cat(biases)
 
         return self.packed("qkv", parts, dtype, build)
 
@@ -201,6 +209,7 @@ class SelfAttention(PackedModule):
         width = normed.shape[-1]
         together = F.linear(normed, *self._input_projection(dtype))
         q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
+        gate = gate[..., : self.num_heads]
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
         q, k = ops.rope_qk_norm(q, k, *rope, *self.norm_weights(), order=self.qk_norm or "pre_rope", num_prefix=num_prefix, eps=self.eps)
         mixed = attend(q[:, skip:], k, v, backend=self.attention)
