@@ -1,9 +1,11 @@
-"""The models: the frozen DINOv3 backbone, the DeltaTok tokenizer, the DeltaWorld predictor, and the dense DINO-world baseline."""
+"""The models: DINOv3 backbone, DeltaTok, DeltaWorld, the dense DINO-world baseline, released task heads, checkpoints."""
 
+from deltakern.models import checkpoint
 from deltakern.models.deltatok import DeltaTok, Savings
 from deltakern.models.deltaworld import DeltaWorld
 from deltakern.models.dinov3 import DINOv3, DINOv3Config
 from deltakern.models.dinoworld import DINOWorld
+from deltakern.models.heads import DepthHead, RGBHead, SegHead
 from deltakern.models.sampling import Futures, score, top
 from deltakern.models.stream import StaleCacheError, Stream
 
@@ -13,10 +15,14 @@ __all__ = [
     "DINOv3Config",
     "DeltaTok",
     "DeltaWorld",
+    "DepthHead",
     "Futures",
+    "RGBHead",
     "Savings",
+    "SegHead",
     "StaleCacheError",
     "Stream",
+    "checkpoint",
     "score",
     "top",
 ]
