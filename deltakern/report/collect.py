@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter as clock
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ COMPILED = "reference (torch.compile)"
 # An implementation of a whole model may differ from the release's structure by this, relative RMS: some hundred roundings of
 # its dtype one after the other. What is beyond it is no rounding. Ops are held to float64, see accuracy.py.
 MODEL_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+LONG = 30.0  # seconds
 
 
 class RedError(RuntimeError):
@@ -81,18 +85,21 @@ def check_op(
     return worst
 
 
-def _forward_backward(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], wanted: Sequence[int]) -> latency.Call:
+def forward_backward(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], wanted: Sequence[int]) -> latency.Call:
+    """A call that runs ``function`` and the gradients of ``args[i]`` for i in ``wanted``, under fixed incoming gradients."""
     leaves = [a.detach().requires_grad_(i in wanted) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
     inputs = [leaves[i] for i in wanted]
+
+    def outputs() -> list[torch.Tensor]:
+        made = function(*leaves, **kwargs)
+        return [o for o in (made if isinstance(made, tuple) else (made,)) if o is not None and o.requires_grad]
+
     with torch.enable_grad():
-        first = function(*leaves, **kwargs)
-    outs = [o for o in (first if isinstance(first, tuple) else (first,)) if o is not None and o.requires_grad]
-    cotangents = [torch.randn_like(o) for o in outs]
+        cotangents = [torch.randn_like(o) for o in outputs()]
 
     def run() -> Any:
-        made = function(*leaves, **kwargs)
-        made = [o for o in (made if isinstance(made, tuple) else (made,)) if o is not None and o.requires_grad]
-        return torch.autograd.grad(made, inputs, cotangents, allow_unused=True)
+        with torch.enable_grad():
+            return torch.autograd.grad(outputs(), inputs, cotangents, allow_unused=True)
 
     return run
 
@@ -139,7 +146,7 @@ def op_rows(
     with torch.set_grad_enabled(backward):
         moved = _traffic(args, kwargs, case.function.reference(*args, **kwargs))
         if backward:
-            calls = {n: _forward_backward(f, args, kwargs, case.differentiable) for n, f in functions.items()}
+            calls = {n: forward_backward(f, args, kwargs, case.differentiable) for n, f in functions.items()}
         else:
             calls = {n: (lambda f=f: f(*args, **kwargs)) for n, f in functions.items()}
         found = latency.interleaved(calls, device, budget=budget)
@@ -208,7 +215,14 @@ def stage_rows(
     """
     device = torch.device(device)
     where = rows.environment(device) if where is None else where
-    outputs = {impl: call() for impl, call in stage.calls.items()}
+    outputs, single = {}, {}
+    for impl, call in stage.calls.items():
+        begin = clock()
+        outputs[impl] = call()
+        took = clock() - begin
+        # What takes this long is timed by its first call alone; one that compiles first has to be called again
+        if device.type == "cpu" and took > LONG and "torch.compile" not in impl:
+            single[impl] = Timing(took, took, took, 1)
     baseline = next((impl for impl in (stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS) if impl in outputs), None)
     errors = {}
     for impl, out in outputs.items():
@@ -220,13 +234,14 @@ def stage_rows(
             allowed = f"relative RMS, {MODEL_LIMIT[dtype]:.0e} is allowed"
             raise RedError(f"{stage.name}: {impl} differs from {baseline} by {errors[impl]:.1e} ({allowed})")
     del outputs
-    timings = latency.interleaved(stage.calls, device, budget=budget) if time else {}
+    several = {impl: call for impl, call in stage.calls.items() if impl not in single}
+    timings = single | (latency.interleaved(several, device, budget=budget) if time and several else {})
     made = []
     for impl, call in stage.calls.items():
         figures: dict[str, float] = {"flops": stage.flops[impl]}
         if impl in errors:
             figures["difference"] = errors[impl]
-        if memory:
+        if memory and impl not in single:
             figures["peak_bytes"] = latency.peak_memory(call, device)
         if time and device.type == "cuda":
             figures |= _gpu_figures(call, device) if "training" not in stage.name else {"kernels": latency.kernel_count(call, device)}

@@ -100,7 +100,7 @@ def interleaved(
     try:
         for done in range(most):
             spent = time.perf_counter() - begin
-            if spent > budget and (done >= least or spent / done > budget):
+            if done and spent > budget and (done >= least or spent / done > budget):
                 break
             turn = done % len(names)
             for name in names[turn:] + names[:turn]:

@@ -52,6 +52,11 @@ def bytes_(value: float | None) -> str:
     return "" if value is None else _scaled(value, ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")))
 
 
+def times(value: float | None, digits: int = 3) -> str:
+    """A ratio, "2.31x"; exactly one is "1x", None is ""."""
+    return "" if value is None else "1x" if value == 1 else f"{number(value, digits)}x"
+
+
 def rate(value: float, what: str) -> str:
     """A rate, as "1.23 TB/s" with ``what`` "B/s"."""
     return _scaled(value, ((1e12, f"T{what}"), (1e9, f"G{what}"), (1e6, f"M{what}"), (1, what)))
@@ -106,18 +111,24 @@ def _devices(report: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["where"].get("device", "") for row in report["rows"]))
 
 
-def _ceilings(report: dict[str, Any], device: str) -> dict[str, float]:
+def machine_ceilings(report: dict[str, Any], device: str) -> dict[str, float]:
+    """The device's ceilings by name, "copy" and "gemm", a second."""
     found = (row for row in _of(report, "ceiling") if row["where"].get("device", "") == device)
     return {row["name"]: row["figures"]["per_second"] for row in found}
 
 
-def _groups(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
-    """Rows of one measurement side by side: (device, name, case, dtype, shape) to implementation to row."""
+def side_by_side(report: dict[str, Any], kind: str) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    """Rows of one kind, those of a measurement side by side: (device, name, case, dtype, shape) to implementation to row."""
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
+    for row in _of(report, kind):
         key = (row["where"].get("device", ""), row["name"], row["case"], row["dtype"], json.dumps(row["shape"], sort_keys=True))
         found.setdefault(key, {})[row["impl"]] = row
     return found
+
+
+def stage_name(name: str, shape: dict[str, Any]) -> str:
+    """A stage with its batch, where that is more than one clip."""
+    return f"{name}, batch {shape['batch']}" if shape.get("batch", 1) > 1 else name
 
 
 def _several(report: dict[str, Any]) -> bool:
@@ -146,12 +157,12 @@ def _systems(report: dict[str, Any]) -> list[Table]:
                 [
                     s["name"],
                     "not published" if s["tokens"] is None else f"{s['tokens']:,}",
-                    "" if s["token_ratio"] is None else f"{number(s['token_ratio'], 4)}x",
+                    times(s["token_ratio"], 4),
                     f"{s['parameters'] / 1e9:,.3f}".rstrip("0").rstrip(".") + " B",
-                    f"{number(s['parameter_ratio'])}x",
+                    times(s["parameter_ratio"]),
                     own,
                     paper,
-                    f"{number(s['flops_ratio'], 4)}x",
+                    times(s["flops_ratio"], 4),
                 ]
             )
         header = ["system", "tokens a frame", "ratio", "parameters", "ratio", "GFLOP, computed", "GFLOP, paper", "ratio"]
@@ -181,7 +192,8 @@ def _pieces(report: dict[str, Any]) -> list[Table]:
 
 def _stage_latency(report: dict[str, Any]) -> list[Table]:
     rows, several = [], _several(report)
-    for (device, name, case, dtype, _), impls in _groups(_of(report, "model")).items():
+    for (device, stage, case, dtype, shape), impls in side_by_side(report, "model").items():
+        name = stage_name(stage, json.loads(shape))
         timed = {impl: row for impl, row in impls.items() if row["seconds"] is not None}
         base = timed.get(stages.RELEASE, {}).get("seconds")
         for impl, row in timed.items():
@@ -198,7 +210,7 @@ def _stage_latency(report: dict[str, Any]) -> list[Table]:
                     seconds(row["seconds"]),
                     f"{seconds(row['low'])} to {seconds(row['high'])}",
                     str(row["rounds"]),
-                    "" if ours is None else f"{number(ours)}x",
+                    times(ours),
                     rate(row["figures"]["flops"] / row["seconds"], "FLOP/s"),
                     ", ".join(extra),
                 ]
@@ -216,13 +228,14 @@ def _stage_latency(report: dict[str, Any]) -> list[Table]:
 
 def _stage_memory(report: dict[str, Any]) -> list[Table]:
     rows, several = [], _several(report)
-    for (device, name, case, dtype, _), impls in _groups(_of(report, "model")).items():
+    for (device, stage, case, dtype, shape), impls in side_by_side(report, "model").items():
+        name = stage_name(stage, json.loads(shape))
         base = impls.get(stages.RELEASE, {}).get("figures", {}).get("peak_bytes")
         for impl, row in impls.items():
             peak = row["figures"].get("peak_bytes")
             if peak is None:
                 continue
-            ratio = f"{number(peak / base)}x" if base and impl != stages.RELEASE else ""
+            ratio = times(peak / base) if base and impl != stages.RELEASE else ""
             rows.append([*([device] if several else []), f"{name}, {case}", impl, dtype, bytes_(peak), ratio])
     header = [*(["device"] if several else []), "stage", "implementation", "dtype", "peak", "against release (eager)"]
     return [("Peak memory by stage", header, rows, "The most that one call holds in tensors at a time, beyond weights and inputs.")]
@@ -230,13 +243,13 @@ def _stage_memory(report: dict[str, Any]) -> list[Table]:
 
 def _op_latency(report: dict[str, Any]) -> list[Table]:
     rows, several = [], _several(report)
-    for (device, name, case, dtype, shape), impls in _groups(_of(report, "op")).items():
-        ceilings, sizes = _ceilings(report, device), json.loads(shape)
+    for (device, name, case, dtype, shape), impls in side_by_side(report, "op").items():
+        best, sizes = machine_ceilings(report, device), json.loads(shape)
         base = impls.get("reference", {}).get("seconds")
         for impl, row in impls.items():
             moved = row["figures"].get("bytes")
             speed = moved / row["seconds"] if moved else None
-            share = f"{100 * speed / ceilings['copy']:.0f}%" if speed and "copy" in ceilings else ""
+            share = f"{100 * speed / best['copy']:.0f}%" if speed and "copy" in best else ""
             rows.append(
                 [
                     *([device] if several else []),
@@ -248,7 +261,7 @@ def _op_latency(report: dict[str, Any]) -> list[Table]:
                     f"{seconds(row['low'])} to {seconds(row['high'])}",
                     "" if speed is None else rate(speed, "B/s"),
                     share,
-                    f"{number(base / row['seconds'])}x" if base and impl != "reference" else "",
+                    times(base / row["seconds"]) if base and impl != "reference" else "",
                     "" if sizes.get("scale", 1) == 1 else number(sizes["scale"]),
                 ]
             )
@@ -325,7 +338,7 @@ def print_tables(report: dict[str, Any]) -> None:
         shown = rich_table.Table(title=title, title_justify="left", caption=about, caption_justify="left", header_style="bold")
         for i, column in enumerate(header):
             numeric = i > 0 and all(re.match(r"^$|^[\d~<>]", row[i]) for row in rows)
-            shown.add_column(column, justify="right" if numeric else "left")
+            shown.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0 and len(header) < 9)
         for row in rows:
             shown.add_row(*row)
         console.print(shown)
@@ -422,7 +435,8 @@ def _stage_groups(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """By preset and dtype: stage to implementation to value."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for (where, name, case, dtype, _), impls in _groups(_of(report, "model")).items():
+    for (where, stage, case, dtype, shape), impls in side_by_side(report, "model").items():
+        name = stage_name(stage, json.loads(shape))
         bars = {impl: v for impl, row in impls.items() if (v := value(row))}
         if where == device and bars:
             found.setdefault(f"{case}, {dtype}", {})[name] = bars
@@ -463,9 +477,9 @@ def _systems_charts(report: dict[str, Any]) -> list[page.Html]:
 
 def _roofline(report: dict[str, Any], device: str) -> list[page.Html]:
     """Every op below what copy bandwidth and matrix rate allow; the best implementation filled, the reference hollow."""
-    ceilings = _ceilings(report, device)
+    ceilings = machine_ceilings(report, device)
     groups = {}
-    for (where, name, case, dtype, shape), impls in _groups(_of(report, "op")).items():
+    for (where, name, case, dtype, shape), impls in side_by_side(report, "op").items():
         if where == device and json.loads(shape).get("pass", "forward") == "forward":
             groups[(name, case, dtype)] = {i: r for i, r in impls.items() if r["figures"].get("flops") and r["figures"].get("bytes")}
     groups = {k: v for k, v in groups.items() if v}

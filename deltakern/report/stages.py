@@ -103,10 +103,13 @@ def kernels_differ(device: torch.device) -> bool:
 
 
 class Models:
-    """Both models of a preset with the same random weights, and the inputs of every stage."""
+    """Both models of a preset with the same random weights, and the inputs of every stage.
 
-    def __init__(self, preset: Preset, device: torch.device, *, autocast: torch.dtype | None = None, seed: int = 0) -> None:
-        self.preset, self.device, self.autocast = preset, device, autocast
+    ``batch`` clips go through the stages that train or encode; those of a forecast take one clip.
+    """
+
+    def __init__(self, preset: Preset, device: torch.device, *, autocast: torch.dtype | None = None, batch: int = 1, seed: int = 0) -> None:
+        self.preset, self.device, self.autocast, self.batch = preset, device, autocast, batch
         sizes = preset.sizes
         torch.manual_seed(seed)
         config = deltakern.models.DINOv3Config(
@@ -145,17 +148,17 @@ class Models:
             self.release.eval()
         self.ours.eval()
         generator = torch.Generator().manual_seed(seed)
-        frames = torch.randint(0, 256, (1, preset.clip, 3, preset.pixels, preset.pixels), generator=generator, dtype=torch.uint8)
+        frames = torch.randint(0, 256, (batch, preset.clip, 3, preset.pixels, preset.pixels), generator=generator, dtype=torch.uint8)
         self.frames = frames.to(device)
-        self.times = (torch.arange(preset.clip) * 0.2)[None].to(device)
+        self.times = (torch.arange(preset.clip) * 0.2).repeat(batch, 1).to(device)
         width = sizes.predictor_hidden
         self.noise = (torch.randn(1, preset.samples, HORIZON, width, generator=generator) * 0.02).to(device)
-        self.candidates = (torch.randn(1, preset.clip - 1, preset.candidates, width, generator=generator) * 0.02).to(device)
+        self.candidates = (torch.randn(batch, preset.clip - 1, preset.candidates, width, generator=generator) * 0.02).to(device)
         with torch.no_grad(), self.precision():
             self.features = self.ours.backbone(self.frames[:, :2]).float()
             self.rope = self.ours.tokenizer._rope(self.frames)
             self.token = self.ours.tokenizer.encode(self.features[:, 0], self.features[:, 1], self.rope).float()
-        self.tokens = torch.randn(1, preset.clip, sizes.hidden, generator=generator).to(device)
+        self.tokens = torch.randn(batch, preset.clip, sizes.hidden, generator=generator).to(device)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast where the run asks for it."""
@@ -265,7 +268,7 @@ class Models:
         at = (preset.pixels, preset.pixels, sizes)
         now = self.frames[:, :1]
         x, y, rope, token = self.features[:, 0], self.features[:, 1], self.rope, self.token
-        context, times = self.tokens[:, :CONTEXT], self.times
+        context, times, ahead_times = self.tokens[:1, :CONTEXT], self.times, self.times[:1]
         seen = CONTEXT + HORIZON
         smooth = nn.SmoothL1Loss(reduction="none", beta=0.1)
         elementwise = self.module.smooth_l1 if self.module else None
@@ -274,8 +277,12 @@ class Models:
         def plain(name, release, ours, counts, **shape):
             return name, lambda: self._stage(name, release, ours, counts, wanted, twin, **shape)
 
+        def batched(name, release, ours, counts, **shape):
+            return plain(name, release, ours, tuple(self.batch * c for c in counts), batch=self.batch, **shape)
+
         def training(name, part, loss, counts, **shape):
-            return name, lambda: self._training(name, part, loss, counts, wanted, **shape)
+            counts = tuple(self.batch * c for c in counts)
+            return name, lambda: self._training(name, part, loss, counts, wanted, batch=self.batch, **shape)
 
         def is_release(world: Any) -> bool:
             return self.module is not None and isinstance(world, self.module.DeltaWorld)
@@ -312,9 +319,9 @@ class Models:
         from_video = {"frames": preset.clip, "count": preset.candidates}
         unseen = HORIZON * (flops.backbone(*at) + flops.encode(*at)) + flops.backbone(*at)  # the release's rollout does these too
         return [
-            plain("backbone", lambda w: w.backbone(now), lambda w: w.backbone(now), (flops.backbone(*at),) * 2),
-            plain("encode", lambda w: w.tokenizer.encode(x, y, rope), lambda w: w.tokenizer.encode(x, y, rope), encoded),
-            plain(
+            batched("backbone", lambda w: w.backbone(now), lambda w: w.backbone(now), (flops.backbone(*at),) * 2),
+            batched("encode", lambda w: w.tokenizer.encode(x, y, rope), lambda w: w.tokenizer.encode(x, y, rope), encoded),
+            batched(
                 "decode",
                 lambda w: w.tokenizer.decode(token, x, rope),
                 lambda w: w.tokenizer.decode(token, x, rope),
@@ -322,16 +329,16 @@ class Models:
             ),
             plain(
                 "predictor step",
-                lambda w: w.sample(context, times, 1, self.noise[:, :, :1]),
-                lambda w: w.sample(context, times[:, : CONTEXT + 1], 1, preset.samples, queries=self.noise[:, :, :1]),
+                lambda w: w.sample(context, ahead_times, 1, self.noise[:, :, :1]),
+                lambda w: w.sample(context, ahead_times[:, : CONTEXT + 1], 1, preset.samples, queries=self.noise[:, :, :1]),
                 (flops.sample(sizes, **ahead, horizon=1, cached=False), flops.sample(sizes, **ahead, horizon=1)),
                 **one,
             ),
-            plain("candidate search", search, search, (searched, searched), frames=preset.clip, candidates=preset.candidates),
+            batched("candidate search", search, search, (searched, searched), frames=preset.clip, candidates=preset.candidates),
             plain(
                 "token-space sample",
-                lambda w: w.sample(context, times, HORIZON, self.noise),
-                lambda w: w.sample(context, times[:, :seen], HORIZON, preset.samples, queries=self.noise),
+                lambda w: w.sample(context, ahead_times, HORIZON, self.noise),
+                lambda w: w.sample(context, ahead_times[:, :seen], HORIZON, preset.samples, queries=self.noise),
                 (flops.sample(sizes, **ahead, horizon=HORIZON, cached=False), flops.sample(sizes, **ahead, horizon=HORIZON)),
                 **all_steps,
             ),
@@ -368,7 +375,7 @@ class Models:
     def _rollout(self, wanted: tuple[str, ...], twin: Any, at: Any, unseen: int, seen: int, shape: dict[str, int]) -> Stage:
         """The forecast of the paper's table, and beside it the one that decodes a single future."""
         preset = self.preset
-        frames, times = self.frames[:, :seen], self.times[:, :seen]
+        frames, times = self.frames[:1, :seen], self.times[:1, :seen]
         ours = {"queries": self.noise}
         calls = self._calls(
             lambda w: w.rollout(frames, times, CONTEXT, self.noise)[0],
