@@ -63,7 +63,7 @@ struct Fixed {
 };
 struct Chosen {
   static constexpr int kAtOnce = 1;
-  __device__ static float add(const Problem& p, float sum, float difference, float beta) {
+  __device__ DK_NOINLINE static float add(const Problem& p, float sum, float difference, float beta) {
     switch (p.loss) {
       case Loss::smooth_l1: return add_value<Loss::smooth_l1, float>(sum, difference, beta);
       case Loss::log_cosh: return add_value<Loss::log_cosh, float>(sum, difference, beta);

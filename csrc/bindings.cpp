@@ -67,6 +67,12 @@ void best_of_n_cuda(uintptr_t candidates, int candidates_dtype, Sizes sizes, Siz
   deltakern::best_of_n_cuda(p, index_out, loss_out, losses_out, reinterpret_cast<void*>(workspace), workspace_bytes, device, multiprocessors,
                             reinterpret_cast<void*>(stream));
 }
+
+std::string cuda_problem() {
+  int devices = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  return status == cudaSuccess ? "" : cudaGetErrorString(status);
+}
 #endif
 
 py::dict build_info() {
@@ -110,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("target"), py::arg("target_dtype"), py::arg("target_sizes"), py::arg("target_strides"), py::arg("reduce_dims"), py::arg("loss_kind"),
         py::arg("beta"), py::arg("index"), py::arg("loss"), py::arg("losses"), py::arg("workspace"), py::arg("workspace_bytes"),
         py::arg("device"), py::arg("multiprocessors"), py::arg("stream"));
+  m.def("cuda_problem", &cuda_problem, "Why the CUDA runtime in this module cannot use the driver here, or an empty string.");
   m.def(
       "best_of_n_cuda_workspace",
       [](int64_t groups, int64_t count, int64_t width, int multiprocessors) {

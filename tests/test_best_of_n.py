@@ -378,6 +378,14 @@ def test_many_dimensions_go_to_the_reference():
     assert "at most 4 reduced and 6 leading" in deltakern.explain(ops.best_of_n, candidates, target, reduce_dims=5).refused[KERNEL]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() and not hasattr(backend.extension().module, "cuda_problem"), reason="built without CUDA")
+def test_a_cuda_that_cannot_be_used_is_a_reason():
+    """Without a driver the extension's own runtime says what is wrong, and explain passes it on."""
+    facts = backend.Facts("cuda", (torch.float32, torch.float32))
+    refused = ops.best_of_n.op.kernels["cuda"](facts)
+    assert refused is None if KERNEL == "cuda" else "was built with CUDA" in refused
+
+
 @pytest.mark.parametrize(
     ("capability", "architectures", "fits"),
     [

@@ -101,9 +101,13 @@ def _cuda_refuses(facts: backend.Facts) -> str | None:
     refused = _extension_refuses(facts, "cuda")
     if refused is not None:
         return refused
-    built = backend.extension().module.build_info()
+    extension = backend.extension().module
+    built = extension.build_info()
     if not built["with_cuda"]:
         return "the compiled extension was built without CUDA (no nvcc at install, or DELTAKERN_CUDA_ARCHS=none)"
+    problem = extension.cuda_problem()  # its CUDA runtime is its own, and may want a newer driver than torch's
+    if problem:
+        return f"the compiled extension was built with CUDA {built['cuda_version']}, which says: {problem}"
     capability = torch.cuda.get_device_capability()
     if not runs_on(built["cuda_archs"], capability):
         return f"the compiled extension has code for {', '.join(built['cuda_archs'])}, not for sm_{capability[0]}{capability[1]}"
