@@ -19,7 +19,8 @@ ALLOWED = {
     "report": {"_extras", "backend", "ops", "cases", "nn", "models", "data", "report"},
     "doctor": {"backend", "ops", "cases", "doctor", "report"},
     "demo": {"_extras", "backend", "ops", "nn", "models", "data", "report", "demo"},
-    "cli": {"_extras", "backend", "ops", "cases", "models", "data", "training", "report", "doctor", "demo", "cli"},
+    "rollout": {"_extras", "models", "data", "report", "rollout"},
+    "cli": {"_extras", "backend", "ops", "cases", "models", "data", "training", "report", "doctor", "demo", "rollout", "cli"},
     "__init__": {"backend", "ops", "models", "nn"},
 }
 

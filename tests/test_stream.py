@@ -104,11 +104,21 @@ def test_hours_into_a_video_nothing_is_lost():
         shifted = times[0].double().mul(1024).round().div(1024) + offset  # exact sums
         for frame, time in zip(pixels[0], shifted.tolist(), strict=True):
             stream.push(frame, time)
-        futures.append(stream.sample(shifted[-1] + torch.tensor([0.25, 0.5]), 4, seed=1))
+        futures.append(stream.sample(shifted[-1] + torch.tensor([0.25, 0.5], dtype=torch.float64), 4, seed=1))
     assert torch.equal(*futures)
 
 
-def test_ten_thousand_frames_in_constant_memory():
+@pytest.fixture
+def one_thread():
+    """Tiny ops gain nothing from a second thread, and lose much to waiting for it where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_ten_thousand_frames_in_constant_memory(one_thread):
     """Tokens of the whole video equal the batch path's; what the stream holds does not grow."""
     config = deltakern.DINOv3Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
     torch.manual_seed(0)
@@ -121,7 +131,7 @@ def test_ten_thousand_frames_in_constant_memory():
         streamed[i] = stream.push(frame, i / 30)[0]
         if i in (100, 5_000, 9_999):
             gc.collect()
-            held.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+            held.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
     batch = model.tokenizer.tokenize(frames[None])[0]
     torch.testing.assert_close(streamed, batch, rtol=1e-4, atol=1e-5)
     assert held[0] == held[1] == held[2]

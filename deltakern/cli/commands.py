@@ -292,3 +292,47 @@ def train_tok(
         val_fraction=val_fraction,
         val_videos=val_video or (),
     )
+
+
+@app.command()
+def rollout(
+    video: Annotated[Path, typer.Argument(help="A video file, or a folder of images (25 a second).")],
+    out: Annotated[Path, Option(help="Folder for the page, tokens.safetensors and features.safetensors.")] = Path("deltakern-rollout"),
+    context: Annotated[int, Option(help="Frames given.")] = 4,
+    horizon: Annotated[int, Option(help="Frames predicted.")] = 3,
+    samples: Annotated[int, Option(help="Futures sampled.")] = 20,
+    show: Annotated[int, Option(help="Futures decoded and drawn, the first ones.")] = 6,
+    start: Annotated[float, Option(help="Seconds of the first frame.")] = 0.0,
+    gap: Annotated[float, Option(help="Seconds from one frame to the next.")] = 0.2,
+    size: Annotated[int, Option(help="Shorter side of the frames in pixels.")] = 512,
+    seed: Annotated[int, Option(help="Future i of a seed is the same for any number of samples.")] = 0,
+    dinov3: Annotated[str | None, Option(help="DINOv3 weights: folder or hub repository.")] = None,
+    deltatok: Annotated[str | None, Option(help="DeltaTok checkpoint: file or hub repository.")] = None,
+    deltaworld: Annotated[str | None, Option(help="DeltaWorld checkpoint: file or hub repository.")] = None,
+    rgb: Annotated[str | None, Option(help="RGB head: file or hub repository; draws pixels too.")] = None,
+    random: Annotated[bool, Option("--random", help="A small model of random weights, to try the command.")] = False,
+    device: Annotated[str, Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Sample futures of a video's frames: a page with pictures, and the tokens and features."""
+    from deltakern.rollout import Settings, run
+
+    run(
+        Settings(
+            video=video,
+            out=out,
+            context=context,
+            horizon=horizon,
+            samples=samples,
+            show=show,
+            start=start,
+            gap=gap,
+            size=size,
+            seed=seed,
+            dinov3=dinov3,
+            deltatok=deltatok,
+            deltaworld=deltaworld,
+            rgb=rgb,
+            random=random,
+            device=device,
+        )
+    )

@@ -97,9 +97,20 @@ def warn_of_long_context(context: int) -> None:
         )
 
 
-def stamp(module: nn.Module) -> tuple[Any, ...]:
-    """What changes when a parameter of ``module`` does: version counters and storages (writes through ``.data`` go unseen)."""
-    return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in module.parameters())
+class Weights:
+    """Tells whether parameters of a module changed. Its submodules are listed once, so that asking is cheap.
+
+    Seen are version counters, storages and parameters put in the place of others; not seen are writes through
+    ``parameter.data`` and submodules put in the place of others.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._groups = [m._parameters for m in module.modules() if m._parameters]
+
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        """What changes when a parameter does."""
+        every = (p for group in self._groups for p in group.values() if p is not None)
+        return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in every)
 
 
 def portions(clips: int, samples: int, at_once: int) -> Iterator[tuple[range, range]]:
@@ -215,12 +226,15 @@ class Graphs:
     """The captured graphs of one world, the latest :data:`GRAPHS_KEPT`, by shapes; all dropped when weights change."""
 
     def __init__(self) -> None:
-        self._stamp: tuple[Any, ...] | None = None
+        self._of: tuple[nn.Module, Weights] | None = None
+        self._stamp: tuple[tuple[int, int], ...] | None = None
         self._kept: OrderedDict[Any, _Graph] = OrderedDict()
 
     def run(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """``_steps`` of the inputs, captured at the first call with their shapes and replayed from then on."""
-        now = stamp(world.predictor)
+        if self._of is None or self._of[0] is not world.predictor:
+            self._of = world.predictor, Weights(world.predictor)
+        now = self._of[1].stamp()
         if now != self._stamp:
             self._stamp = now
             self._kept.clear()

@@ -58,7 +58,8 @@ class Stream:
 
     def reset(self) -> None:
         """Forgets all frames; needed before a new video and after weights changed."""
-        self._stamp = None
+        self._weights = sampling.Weights(self.world)
+        self._stamp: tuple[tuple[int, int], ...] | None = None
         self._count = 0
         self._size: tuple[int, int] | None = None
         self._features: list[torch.Tensor] = []  # (1,N,D) each: the last frame's, or the window's with first="black"
@@ -205,7 +206,7 @@ class Stream:
         return time
 
     def _check_weights(self) -> None:
-        now = sampling.stamp(self.world)
+        now = self._weights.stamp()
         if self._count == 0:
             self._stamp = now
         elif now != self._stamp:
