@@ -125,6 +125,7 @@ def tokenize(
     workers: Annotated[int, Option(help="Processes a device that decode video.")] = 0,
     batch: Annotated[int, Option(help="Clips encoded at once. Above 1 last bits may depend on what was left to do.")] = 1,
     shard: Annotated[int, Option(help="Clips a shard: what a killed process loses at most.")] = 1024,
+    ray: Annotated[int, Option(help="Encode on so many actors of a Ray cluster instead of this machine's devices.")] = 0,
     part: Annotated[str, Option(help="i/n: every n-th video from the i-th, to share the work among machines.")] = "1/1",
     seed: Annotated[int, Option(help="Of the draws.")] = 0,
 ) -> int:
@@ -137,6 +138,7 @@ def tokenize(
         out,
         sampling=Sampling(num_frames=frames, size=size),
         devices=devices,
+        ray=ray,
         part=part,
         precision=precision,
         dinov3=dinov3,

@@ -111,6 +111,10 @@ def load_tokenizer(dinov3: str | None = None, deltatok: str | None = None, *, ra
     return tokenizer.eval()
 
 
+UNREADABLE = (ValueError, OSError, RuntimeError, MemoryError)
+"""What a broken video raises; a missing package is another matter."""
+
+
 class _Draws(torch.utils.data.Dataset):
     """What is left to draw of every video; items are (name, crops, clips) or (name, crops, reason)."""
 
@@ -127,7 +131,7 @@ class _Draws(torch.utils.data.Dataset):
                 return video.name, crops, draw_clips(path, self.options.sampling, self.options.seed, video.name, crops)
         except MissingExtraError:
             raise
-        except (ValueError, OSError, RuntimeError, MemoryError) as problem:
+        except UNREADABLE as problem:
             return video.name, crops, f"{type(problem).__name__}: {problem}"
 
 
@@ -160,6 +164,29 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def manifest_of(tokenizer: DeltaTok, options: TokenizeOptions) -> Manifest:
+    """The manifest of a store that these models fill with these options."""
+    backbone = tokenizer.backbone
+    return Manifest(
+        fingerprint=fingerprint(tokenizer),
+        width=backbone.hidden_size,
+        heads=backbone.num_heads,
+        patch_size=backbone.patch_size,
+        num_frames=options.sampling.num_frames,
+        dtype=options.dtype,
+        precision=options.precision,
+        seed=options.seed,
+        sampling=asdict(options.sampling),
+    )
+
+
+def left_to_draw(videos: Sequence[Video], store: str | os.PathLike, crops: int) -> list[tuple[Video, list[int]]]:
+    """The videos of which a store does not hold draws 0 to ``crops`` - 1, and the draws that are missing."""
+    done = done_clips(store)
+    left = [(v, [c for c in range(crops) if c not in done.get(v.name, ())]) for v in videos]
+    return [(video, missing) for video, missing in left if missing]
+
+
 def tokenize(
     sources: Sequence[str | os.PathLike], store: str | os.PathLike, tokenizer: DeltaTok, options: TokenizeOptions | None = None
 ) -> Summary:
@@ -183,23 +210,9 @@ def tokenize(
     options = options or TokenizeOptions()
     require("av", "store", "reading video")
     videos = find_videos(sources)[options.part[0] :: options.part[1]]
-    backbone = tokenizer.backbone
-    manifest = Manifest(
-        fingerprint=fingerprint(tokenizer),
-        width=backbone.hidden_size,
-        heads=backbone.num_heads,
-        patch_size=backbone.patch_size,
-        num_frames=options.sampling.num_frames,
-        dtype=options.dtype,
-        precision=options.precision,
-        seed=options.seed,
-        sampling=asdict(options.sampling),
-    )
+    manifest = manifest_of(tokenizer, options)
     with stop_on_signal() as stopped, Writer(store, manifest, rows_per_shard=options.rows_per_shard) as writer:
-        done = done_clips(store)
-        wanted = range(options.crops)
-        left = [(v, [c for c in wanted if c not in done.get(v.name, ())]) for v in videos]
-        left = [(video, crops) for video, crops in left if crops]
+        left = left_to_draw(videos, store, options.crops)
         total = sum(len(crops) for _, crops in left)
         present = len(videos) * options.crops - total
         failed = 0
@@ -278,13 +291,16 @@ class Job:
     deltatok: str | None = None
     random_weights: bool = False
 
+    def load(self) -> DeltaTok:
+        """The models."""
+        return load_tokenizer(self.dinov3, self.deltatok, random_weights=self.random_weights)
+
     def run(self, device: str, part: tuple[int, int] = (0, 1), *, progress: bool = True) -> Summary:
         """On one device, every ``part[1]``-th video of the options' part."""
         index, count = self.options.part
         mine = (index + count * part[0], count * part[1])
-        tokenizer = load_tokenizer(self.dinov3, self.deltatok, random_weights=self.random_weights).to(device)
         options = TokenizeOptions(**{**vars(self.options), "part": mine, "progress": progress and self.options.progress})
-        return tokenize(self.sources, self.store, tokenizer, options)
+        return tokenize(self.sources, self.store, self.load().to(device), options)
 
 
 def run_on_devices(job: Job, devices: Sequence[str]) -> Summary:

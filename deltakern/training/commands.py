@@ -46,6 +46,7 @@ def tokenize(
     *,
     sampling: Sampling,
     devices: str | None,
+    ray: int,
     part: str,
     precision: str | None,
     dinov3: str | None,
@@ -53,7 +54,10 @@ def tokenize(
     random_weights: bool,
     **options: Any,
 ) -> int:
-    """See :func:`deltakern.data.tokenize.tokenize`. ``devices`` are separated by commas; ``part`` is "i/n" counted from 1."""
+    """See :func:`deltakern.data.tokenize.tokenize`. ``devices`` are separated by commas; ``part`` is "i/n" counted from 1.
+
+    With ``ray`` actors see :func:`deltakern.data.ray_pipeline.tokenize_on_ray`.
+    """
     _speak()
     index, _, count = part.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
@@ -62,7 +66,13 @@ def tokenize(
     made = TokenizeOptions(
         sampling=sampling, part=(int(index) - 1, int(count)), precision=precision or default_precision(used[0]), **options
     )
-    done = run_on_devices(Job(tuple(sources), out, made, dinov3, deltatok, random_weights), used)
+    job = Job(tuple(map(str, sources)), out, made, dinov3, deltatok, random_weights)
+    if ray:
+        from deltakern.data.ray_pipeline import tokenize_on_ray
+
+        done = tokenize_on_ray(job, actors=ray)
+    else:
+        done = run_on_devices(job, used)
     print(f"{out}: {done.written} clips written, {done.present} were there, {done.failed} videos failed")
     if done.failed:
         print(f"which and why: {out}/failed")
