@@ -361,7 +361,7 @@ def plan(
             yield Task(name, 8 * slow, lambda name=name: stage(name))
     if timed:
         checked: Checked = {}
-        kept = {"most_bytes": 1 << 24 if device.type == "cpu" else 1 << 40, "budget": 0.3, "checked": checked, "where": where}
+        kept = {"most_bytes": 1 << 26 if device.type == "cpu" else 1 << 40, "budget": 0.3, "checked": checked, "where": where}
         for case in cases(tag="benchmark"):
             yield Task(f"{case.op} {case.name}", 1.5, lambda case=case: op_rows(case, device, dtype, **kept))
     if "accuracy" in parts:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -126,9 +127,14 @@ def side_by_side(report: dict[str, Any], kind: str) -> dict[tuple[Any, ...], dic
     return found
 
 
-def stage_name(name: str, shape: dict[str, Any]) -> str:
-    """A stage with its batch, where that is more than one clip."""
-    return f"{name}, batch {shape['batch']}" if shape.get("batch", 1) > 1 else name
+def stage_name(name: str, shape: dict[str, Any], preset: str = "") -> str:
+    """A stage with its batch, where that is more than one clip, and with its preset if given."""
+    batched = f"{name}, batch {shape['batch']}" if shape.get("batch", 1) > 1 else name
+    return f"{batched}, {preset}" if preset else batched
+
+
+def _presets(report: dict[str, Any]) -> set[str]:
+    return {row["case"] for row in _of(report, "model")}
 
 
 def _several(report: dict[str, Any]) -> bool:
@@ -143,7 +149,13 @@ def tables(report: dict[str, Any]) -> list[Table]:
     made: list[Table] = []
     for build_one in (_systems, _pieces, _stage_latency, _stage_memory, _op_latency, _accuracy):
         made += build_one(report)
-    return [t for t in made if t[2]]
+    return [_without_empty_columns(t) for t in made if t[2]]
+
+
+def _without_empty_columns(table: Table) -> Table:
+    title, header, rows, about = table
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return title, [header[i] for i in kept], [[row[i] for i in kept] for row in rows], about
 
 
 def _systems(report: dict[str, Any]) -> list[Table]:
@@ -167,9 +179,12 @@ def _systems(report: dict[str, Any]) -> list[Table]:
             )
         header = ["system", "tokens a frame", "ratio", "parameters", "ratio", "GFLOP, computed", "GFLOP, paper", "ratio"]
         about = (
-            "Forecast of 3 frames from 4, two square crops; ratios are to DeltaWorld. DeltaWorld: 20 samples, each decoded at every "
-            "step. Cosmos: as published (arXiv 2604.04913), tokenizer and prefill not counted, parameters without the 7B diffusion decoder."
+            "Forecast of 3 frames from 4, two square crops; ratios are to DeltaWorld. DeltaWorld: 20 samples, each decoded at every step."
         )
+        if any(s["published"] for s in systems):
+            about += (
+                " Cosmos: as published (arXiv 2604.04913), tokenizer and prefill not counted, parameters without the 7B diffusion decoder."
+            )
         made.append((f"Systems at {size} x {size}", header, rows, about))
     return made
 
@@ -193,7 +208,7 @@ def _pieces(report: dict[str, Any]) -> list[Table]:
 def _stage_latency(report: dict[str, Any]) -> list[Table]:
     rows, several = [], _several(report)
     for (device, stage, case, dtype, shape), impls in side_by_side(report, "model").items():
-        name = stage_name(stage, json.loads(shape))
+        name = stage_name(stage, json.loads(shape), case if len(_presets(report)) > 1 else "")
         timed = {impl: row for impl, row in impls.items() if row["seconds"] is not None}
         base = timed.get(stages.RELEASE, {}).get("seconds")
         for impl, row in timed.items():
@@ -204,7 +219,7 @@ def _stage_latency(report: dict[str, Any]) -> list[Table]:
             rows.append(
                 [
                     *([device] if several else []),
-                    f"{name}, {case}",
+                    name,
                     impl,
                     dtype,
                     seconds(row["seconds"]),
@@ -217,28 +232,33 @@ def _stage_latency(report: dict[str, Any]) -> list[Table]:
             )
     header = [*(["device"] if several else []), "stage", "implementation", "dtype", "median", "10% to 90%", "rounds"]
     header += ["against release (eager)", "rate", "launches"]
-    if not any(row[-1] for row in rows):
-        header, rows = header[:-1], [row[:-1] for row in rows]
     about = (
         "Implementations take turns in one run, batch of one clip. The rate counts the FLOPs that the implementation itself has to do, "
         "so work left out is not in it. A training step is forward, backward, clipping and AdamW."
     )
-    return [("Latency by stage", header, rows, about)]
+    return [("Latency by stage", header, _once(rows, 2 if several else 1), about)]
 
 
 def _stage_memory(report: dict[str, Any]) -> list[Table]:
     rows, several = [], _several(report)
     for (device, stage, case, dtype, shape), impls in side_by_side(report, "model").items():
-        name = stage_name(stage, json.loads(shape))
+        name = stage_name(stage, json.loads(shape), case if len(_presets(report)) > 1 else "")
         base = impls.get(stages.RELEASE, {}).get("figures", {}).get("peak_bytes")
         for impl, row in impls.items():
             peak = row["figures"].get("peak_bytes")
             if peak is None:
                 continue
             ratio = times(peak / base) if base and impl != stages.RELEASE else ""
-            rows.append([*([device] if several else []), f"{name}, {case}", impl, dtype, bytes_(peak), ratio])
+            rows.append([*([device] if several else []), name, impl, dtype, bytes_(peak), ratio])
     header = [*(["device"] if several else []), "stage", "implementation", "dtype", "peak", "against release (eager)"]
-    return [("Peak memory by stage", header, rows, "The most that one call holds in tensors at a time, beyond weights and inputs.")]
+    return [
+        (
+            "Peak memory by stage",
+            header,
+            _once(rows, 2 if several else 1),
+            "The most that one call holds in tensors at a time, beyond weights and inputs.",
+        )
+    ]
 
 
 def _op_latency(report: dict[str, Any]) -> list[Table]:
@@ -268,10 +288,10 @@ def _op_latency(report: dict[str, Any]) -> list[Table]:
     header = [*(["device"] if several else []), "op and case", "pass", "implementation", "dtype", "median", "10% to 90%", "bandwidth"]
     header += ["of copy", "against reference", "scale"]
     about = (
-        "Bandwidth counts every input and output once. A case is shrunk by the scale where the machine is small. Every implementation was "
-        "held to float64 before it was timed; a wrong one has no row."
+        "Bandwidth counts every input and output once; what fits a cache may pass copy. A case is shrunk by the scale where the "
+        "machine is small. Every implementation was held to float64 before it was timed; a wrong one has no row."
     )
-    return [("Ops", header, rows, about)]
+    return [("Ops", header, _once(rows, 3 if several else 2), about)]
 
 
 def _accuracy(report: dict[str, Any]) -> list[Table]:
@@ -294,7 +314,7 @@ def _accuracy(report: dict[str, Any]) -> list[Table]:
         "Relative RMS error against float64, the worst of outputs and gradients over the op's small cases. The rule: at most twice "
         "plain PyTorch's in the same dtype, plus one eps."
     )
-    return [("Error against float64", header, rows, about)]
+    return [("Error against float64", header, _once(rows, 2 if several else 1), about)]
 
 
 def _machine(report: dict[str, Any]) -> str:
@@ -310,6 +330,20 @@ def _machine(report: dict[str, Any]) -> str:
         ("threads", "threads"),
     )
     return " · ".join(f"{label} {where[key]}" if label != "device" else str(where[key]) for key, label in known if where.get(key))
+
+
+def _numbers(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Columns of numbers, some of which may be missing or not published."""
+    return [i for i in range(1, len(header)) if all(re.match(r"$|\d|(not|as) published$", row[i]) for row in rows)]
+
+
+def _once(rows: list[list[str]], columns: int) -> list[list[str]]:
+    """The first cells are left empty where they repeat the row above."""
+    shown = []
+    for i, row in enumerate(rows):
+        same = i > 0 and row[:columns] == rows[i - 1][:columns]
+        shown.append([*([""] * columns if same else row[:columns]), *row[columns:]])
+    return shown
 
 
 # --- Markdown, JSON, terminal --------------------------------------------------------------------------------------------------
@@ -337,7 +371,7 @@ def print_tables(report: dict[str, Any]) -> None:
     for title, header, rows, about in tables(report):
         shown = rich_table.Table(title=title, title_justify="left", caption=about, caption_justify="left", header_style="bold")
         for i, column in enumerate(header):
-            numeric = i > 0 and all(re.match(r"^$|^[\d~<>]", row[i]) for row in rows)
+            numeric = i in _numbers(header, rows)
             shown.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0 and len(header) < 9)
         for row in rows:
             shown.add_row(*row)
@@ -364,7 +398,7 @@ COLOURS = {
 }
 
 
-def _svg(title: str, draw: Callable[[Any], None], *, width: float = 4.8, height: float = 3.0) -> page.Html:
+def _svg(title: str, draw: Callable[[Any], None], *, width: float = 4.8, height: float = 3.0, columns: int = 2) -> page.Html:
     """A matplotlib chart as inline SVG in the page's colours."""
     matplotlib = require("matplotlib", "report", "drawing charts")
     make = require("matplotlib.figure", "report", "drawing charts").Figure
@@ -380,13 +414,18 @@ def _svg(title: str, draw: Callable[[Any], None], *, width: float = 4.8, height:
     }
     with matplotlib.rc_context(style):
         figure = make(figsize=(width, height), layout="constrained")
-        draw(figure.add_subplot())
+        axes = figure.add_subplot()
+        draw(axes)
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+        handles, labels = axes.get_legend_handles_labels()
+        if len(labels) > 1:
+            figure.legend(handles, labels, frameon=False, fontsize=7, loc="outside lower left", ncols=columns)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawn = out.getvalue()
     drawn = drawn[drawn.index("<svg") :].replace(page.INK, "currentColor")
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    return page.Html(f'<figure role="img" aria-label="{html.escape(title)}">{drawn}</figure>')
+    return page.Html(f'<figure role="img" aria-label="{html.escape(title)}" style="max-width: 40rem">{drawn}</figure>')
 
 
 def _grouped_bars(
@@ -408,14 +447,11 @@ def _grouped_bars(
         axes.set_xscale("log")
         values = [v for bars in groups.values() for v in bars.values() if v > 0]
         axes.set_xlim(min(values) / 3, max(values) * 6)
-        axes.set_yticks([t for t, _ in ticks], [n for _, n in ticks], fontsize=8)
+        axes.set_yticks([t for t, _ in ticks], [textwrap.fill(n, 17) for _, n in ticks], fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel(label)
-        axes.set_title(title, fontsize=10, loc="left")
         axes.grid(axis="x", color="#808080", alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
-        if len(seen) > 1:
-            axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.12 if position > 12 else -0.22), ncols=2)
 
     bars = sum(len(g) for g in groups.values())
     return _svg(title, draw, height=1.3 + 0.19 * bars + 0.15 * len(groups))
@@ -531,11 +567,9 @@ def _roofline(report: dict[str, Any], device: str) -> list[page.Html]:
         axes.set_yscale("log")
         axes.set_xlabel("FLOP a byte")
         axes.set_ylabel("FLOP a second")
-        axes.set_title("Roofline: filled the fastest, hollow the reference", fontsize=10, loc="left")
         axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
-        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=3)
 
-    return [_svg("Roofline", draw, height=4.4)]
+    return [_svg("Roofline: filled the fastest, hollow the reference", draw, height=4.4, columns=3)]
 
 
 def _accuracy_charts(report: dict[str, Any], device: str) -> list[page.Html]:
@@ -564,8 +598,7 @@ def html_page(report: dict[str, Any]) -> page.Page:
         if title not in found:
             return []
         header, rows, about = found[title]
-        numbers = [i for i in range(1, len(header)) if all(re.match(r"^$|^[\d<>]", row[i]) for row in rows)]
-        return [page.table(header, rows, caption=about, numbers=numbers)]
+        return [page.table(header, rows, caption=about, numbers=_numbers(header, rows))]
 
     several = _several(report)
     charts = {
@@ -597,7 +630,7 @@ def write(report: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, P
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {suffix: folder / f"report.{suffix}" for suffix in ("json", "md", "html")}
-    paths["json"].write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    paths["json"].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     paths["md"].write_text(markdown(report), encoding="utf-8")
     html_page(report).write(paths["html"])
     return paths
