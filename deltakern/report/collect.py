@@ -134,7 +134,9 @@ def op_rows(
     device = torch.device(device)
     scale = scale_for(case, dtype, most_bytes)
     able = [i for i in accuracy.runnable(case, dtype, device, scale=scale)[0] if i in NATIVE.get(device.type, ("reference",))]
-    errors = check_op(case, able, dtype, device, scale=min(scale, scale_for(case, dtype, 1 << 22)), checked=checked)
+    errors = check_op(
+        case, able, dtype, device, scale=min(scale, scale_for(case, dtype, 1 << 20 if device.type == "cpu" else 1 << 26)), checked=checked
+    )
     args, kwargs = case.make(dtype, device, torch.Generator().manual_seed(0), scale)
     functions: dict[str, Callable[..., Any]] = {"reference": case.function.reference}
     if compiled:
@@ -361,7 +363,7 @@ def plan(
             yield Task(name, 8 * slow, lambda name=name: stage(name))
     if timed:
         checked: Checked = {}
-        kept = {"most_bytes": 1 << 26 if device.type == "cpu" else 1 << 40, "budget": 0.3, "checked": checked, "where": where}
+        kept = {"most_bytes": 1 << 26 if device.type == "cpu" else 1 << 40, "budget": 0.2, "checked": checked, "where": where}
         for case in cases(tag="benchmark"):
             yield Task(f"{case.op} {case.name}", 1.5, lambda case=case: op_rows(case, device, dtype, **kept))
     if "accuracy" in parts:
