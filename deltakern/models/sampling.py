@@ -345,6 +345,7 @@ def _first_block(block: Block, z: torch.Tensor, x: torch.Tensor, rope: Rope, str
     together = F.linear(normed, *attention._input_projection(dtype))
     width = normed.shape[-1]
     q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
+    gate = gate[..., : attention.num_heads]
     q, k, v = (t.unflatten(-1, (attention.num_heads, attention.head_dim)) for t in (q, k, v))
     order = attention.qk_norm or "pre_rope"
     q, k = ops.rope_qk_norm(q, k, *rope, *attention.norm_weights(), order=order, num_prefix=samples, eps=attention.eps)
