@@ -42,6 +42,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; padding-top: 0.4rem; }
 th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-size: 0.88rem; color: var(--soft); font-weight: 600; }
+td:first-child { min-width: 9.5rem; }
 th.number, td.number { text-align: right; white-space: nowrap; }
 .verdict { padding: 0.7rem 1rem; background: var(--panel); border-left: 4px solid #10b981; max-width: 50rem; }
 .verdict.bad { border-color: #ef4444; }
@@ -59,7 +60,10 @@ svg { display: block; width: 100%; height: auto; color: var(--ink); }
 @media (max-width: 560px) {
   h1 { font-size: 1.4rem; }
   .row { gap: 0.25rem; }
+  .row.many { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
   th, td { padding-right: 0.6rem; }
+  th, th.number { white-space: normal; font-size: 0.8rem; }
+  td:first-child { min-width: 8rem; }
   figcaption, .label, table { font-size: 0.8rem; }
 }
 """
@@ -131,7 +135,8 @@ def row(pictures: Sequence[Html], label: str = "", *, columns: int | None = None
     """Pictures side by side in equal columns, under a label. ``columns`` keeps rows of different length aligned."""
     above = f'<p class="label">{escape(label)}</p>' if label else ""
     count = columns or len(pictures)
-    return Html(f'{above}<div class="row" style="grid-template-columns: repeat({count}, minmax(0, 1fr))">{"".join(pictures)}</div>')
+    kind = "row many" if count > 4 else "row"  # on a phone four abreast
+    return Html(f'{above}<div class="{kind}" style="grid-template-columns: repeat({count}, minmax(0, 1fr))">{"".join(pictures)}</div>')
 
 
 def card(title: str, *content: Html) -> Html:
@@ -182,6 +187,8 @@ def lines(
             axes.axhline(height, label=name, color=colour, linewidth=1.2, linestyle="--")
         if log:
             axes.set_yscale("log")
+        if all(float(place).is_integer() for xs, _ in series.values() for place in xs):
+            axes.xaxis.set_major_locator(require("matplotlib.ticker", "demo", "drawing charts").MaxNLocator(integer=True))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.set_title(title, fontsize=10)
