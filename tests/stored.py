@@ -88,22 +88,39 @@ def write_store(folder: Path, videos: int = 12, crops: int = 2, rows_per_shard: 
 def clean_processes() -> Any:
     """A multiprocessing context whose children are forked from a process that has imported everything and started no thread."""
     context = multiprocessing.get_context("forkserver")
-    heavy = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "pyarrow.parquet", "av", "rich.progress"]
+    heavy = [
+        "pytest",
+        "hypothesis.strategies",
+        "numpy.testing",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch._dynamo",
+        "pyarrow.parquet",
+        "av",
+        "rich.progress",
+    ]
     context.set_forkserver_preload(["deltakern.training.tok", "deltakern.training.world", *heavy])
     return context
 
 
-def killed_at(context: Any, seconds: float, target: Callable[..., None], *args: Any) -> bool:
-    """Runs ``target`` in a process of its own, sends it SIGKILL that long after it says that it begins; True if it was still at work.
+def killed_after(context: Any, done: int, seconds: float, target: Callable[..., None], *args: Any) -> tuple[bool, int]:
+    """Runs ``target`` in a process of its own and sends it SIGKILL ``seconds`` after it has done that much.
 
-    ``target`` is called with an event to set, then ``args``.
+    ``target`` is called with a shared counter, which it sets to 0 when it begins and raises as it goes on, then with ``args``.
+
+    Returns:
+        Whether it was still at work, and how much it had done.
     """
-    began = context.Event()
-    child = context.Process(target=target, args=(began, *args))
+    count = context.Value("i", -1)
+    child = context.Process(target=target, args=(count, *args))
     child.start()
-    assert began.wait(60), "the process did not begin"
+    deadline = time.monotonic() + 120
+    while count.value < done and child.is_alive():
+        assert time.monotonic() < deadline, f"the process did {count.value} of {done}"
+        time.sleep(0.001)
     time.sleep(seconds)
-    os.kill(child.pid, signal.SIGKILL)
+    with count.get_lock():  # a process that is killed while it holds the counter would leave it locked
+        os.kill(child.pid, signal.SIGKILL)
     child.join(60)
     assert child.exitcode in (0, -signal.SIGKILL), f"the process failed by itself: exit code {child.exitcode}"
-    return child.exitcode != 0
+    return child.exitcode != 0, count.value

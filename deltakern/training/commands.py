@@ -16,7 +16,7 @@ import torch
 from deltakern.data.sampling import Sampling
 from deltakern.data.tokenize import Job, TokenizeOptions, load_backbone, load_tokenizer, run_on_devices
 from deltakern.models import DeltaTok, checkpoint
-from deltakern.training.loop import Result, TrainOptions
+from deltakern.training.loop import TrainOptions
 from deltakern.training.tok import RELEASED, train_tok
 from deltakern.training.world import Predictor, train_world
 
@@ -97,7 +97,8 @@ def world(
     _speak()
     wanted = dinov3 or deltatok or random_weights or arguments.get("val_videos")
     tokenizer = load_tokenizer(dinov3, deltatok, random_weights=random_weights) if wanted else None
-    return _end(out, train_world(stores, out, train_options(options), predictor=predictor, tokenizer=tokenizer, **arguments))
+    found = train_world(stores, out, train_options(options), predictor=predictor, tokenizer=tokenizer, **arguments)
+    return STOPPED if found.stopped else 0
 
 
 def tok(
@@ -121,17 +122,10 @@ def tok(
         tokenizer = DeltaTok(backbone, **(checkpoint.infer_deltatok_config(weights.state_dict) if weights else {}))
     if weights is not None:
         checkpoint.load_into(tokenizer, weights)
-    return _end(out, train_tok(sources, out, tokenizer, made, sampling=Sampling(num_frames=2, size=size), **arguments))
+    found = train_tok(sources, out, tokenizer, made, sampling=Sampling(num_frames=2, size=size), **arguments)
+    return STOPPED if found.stopped else 0
 
 
 def train_options(given: dict[str, Any]) -> TrainOptions:
     """With the precision that suits the device where none is given."""
     return TrainOptions(**{**given, "precision": given.get("precision") or default_precision(given.get("device"))})
-
-
-def _end(out: str | PathLike, found: Result) -> int:
-    if found.stopped:
-        print(f"{out}: stopped by a signal after step {found.step}; the same command goes on")
-        return STOPPED
-    print(f"{out}: done, {found.step} steps")
-    return 0

@@ -238,8 +238,11 @@ class _Loop:
         if saved_at != self.step:
             self._save()
         done = self.step >= self.schedule.total
-        if place.first and done:
-            self.run.write_weights(self.network)
+        if place.first:
+            if done:
+                self.run.write_weights(self.network)
+            ending = "done" if done else "stopped by a signal; the same call goes on"
+            log.info("%s: %d of %d steps, %s", self.run.folder, self.step, self.schedule.total, ending)
         if self.board is not None:
             self.board.close()
         place.wait()
