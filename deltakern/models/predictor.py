@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deltakern import ops
 from deltakern.nn import MLP, LayerScale, PackedModule, Residual
 from deltakern.nn.block import add_and_norm, fold_scale
 from deltakern.nn.packing import compute_dtype
@@ -15,6 +17,53 @@ from deltakern.nn.packing import compute_dtype
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Rotate = Callable[[torch.Tensor], torch.Tensor]
 Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+FEW_ROWS = 128
+"""Up to so many rows a float32 product on the CPU takes its weight reordered beforehand."""
+
+
+@functools.cache
+def _reorders() -> bool:
+    """Whether this torch has oneDNN's product with a reordered weight, which Inductor's frozen graphs call too."""
+    namespace = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and all(hasattr(namespace, n) for n in ("_reorder_linear_weight", "_linear_pointwise"))
+
+
+def product(
+    module: PackedModule,
+    name: str,
+    parameters: Sequence[torch.Tensor | None],
+    dtype: torch.dtype,
+    build: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    x: torch.Tensor,
+) -> torch.Tensor:
+    """x (...,D) times the weight (E,D), plus the bias (E,), that ``module.packed`` derives from the parameters: (...,E).
+
+    With a few samples a step is a handful of rows against all weights, and a general product spends as long on reordering
+    the weight as on multiplying. In evaluation without gradients on a CPU the weight is kept reordered instead, a second copy.
+    """
+    rows = x.numel() // x.shape[-1]
+    few = 1 < rows <= FEW_ROWS and x.device.type == "cpu" and x.dtype == dtype == torch.float32
+    evaluating = not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
+    if not (few and evaluating and _reorders()) or any(p is not None and p.is_inference() for p in parameters):
+        return F.linear(x, *module.packed(name, parameters, dtype, build))
+
+    def reordered(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = build(*given)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), FEW_ROWS // 4), bias
+
+    weight, bias = module.packed(f"{name}, reordered", parameters, dtype, reordered)
+    out = torch.ops.mkldnn._linear_pointwise(x.reshape(rows, -1), weight, bias, "none", [], "")
+    return out.view(*x.shape[:-1], -1)
+
+
+class _MLP(MLP):
+    """The block's MLP, for few rows as well."""
+
+    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        dtype = compute_dtype(normed.device.type, self.up_proj.weight.dtype)
+        hidden = ops.gelu(product(self, "up", (self.up_proj.weight, self.up_proj.bias), dtype, lambda *p: p, normed))
+        return product(self, "down", (self.down_proj.weight, self.down_proj.bias, scale), dtype, fold_scale, hidden)
 
 
 class CrossAttention(PackedModule):
@@ -37,10 +86,8 @@ class CrossAttention(PackedModule):
     def forward(self, normed: torch.Tensor, kv: KeysValues, mix: Mix, scale: torch.Tensor | None = None) -> torch.Tensor:
         """(B,Q,D) -> (B,Q,D); ``mix(q, k, v)`` is the attention itself, ``scale`` is folded into the output projection."""
         dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
-        weight, bias = self.packed("q", (self.q_proj.weight, self.q_proj.bias), dtype, lambda *p: p)
-        q = F.linear(normed, weight, bias).unflatten(-1, (self.num_heads, -1))
-        weight, bias = self.packed("out", (self.out_proj.weight, self.out_proj.bias, scale), dtype, fold_scale)
-        return F.linear(mix(q, *kv).flatten(2), weight, bias)
+        q = product(self, "q", (self.q_proj.weight, self.q_proj.bias), dtype, lambda *p: p, normed).unflatten(-1, (self.num_heads, -1))
+        return product(self, "out", (self.out_proj.weight, self.out_proj.bias, scale), dtype, fold_scale, mix(q, *kv).flatten(2))
 
 
 class PredictorBlock(nn.Module):
@@ -52,7 +99,7 @@ class PredictorBlock(nn.Module):
         self.attention = CrossAttention(width, memory_width, heads)
         self.layer_scale1 = LayerScale(width, layer_scale_init)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, mlp_ratio * width)
+        self.mlp = _MLP(width, mlp_ratio * width)
         self.layer_scale2 = LayerScale(width, layer_scale_init)
 
     def forward(self, entry: Residual, memory: torch.Tensor | KeysValues, rotate: Rotate | None, mix: Mix) -> Residual:
@@ -133,8 +180,7 @@ class Predictor(PackedModule):
         layers = [block.attention.kv_proj for block in self.blocks]
         dtype = compute_dtype(memory.device.type, layers[0].weight.dtype)
         parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-        weight, bias = self.packed("kv", parameters, dtype, lambda *p: (torch.cat(p[::2]), torch.cat(p[1::2])))
-        together = F.linear(memory.to(dtype), weight, bias)
+        together = product(self, "kv", parameters, dtype, lambda *p: (torch.cat(p[::2]), torch.cat(p[1::2])), memory.to(dtype))
         return together.unflatten(-1, (len(layers), 2, self.blocks[0].attention.num_heads, -1)).permute(3, 2, 0, 1, 4, 5)
 
     def forward(
