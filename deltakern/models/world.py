@@ -229,7 +229,7 @@ class World(nn.Module, ABC):
             for chunk in portion.split(self.candidate_chunk, 2):
                 candidates = predict(chunk)
                 if search is not None:
-                    better = search.update(candidates, target.to(candidates.dtype))
+                    better = search.update(candidates, target)
                     index = (search.result()[0] - offset).clamp(min=0)  # meant where it is better, any index elsewhere
                 else:
                     losses = criterion(candidates, target.unsqueeze(2).expand_as(candidates)).flatten(3).mean(-1)

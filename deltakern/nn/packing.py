@@ -18,7 +18,7 @@ from torch import nn
 
 def compute_dtype(device_type: str, parameter_dtype: torch.dtype) -> torch.dtype:
     """The dtype of matrix products here: autocast's where it is on (never for float64 parameters), else the parameters'."""
-    if parameter_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and parameter_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return parameter_dtype
 
