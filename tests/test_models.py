@@ -110,7 +110,7 @@ def _run_everything(model, pixels, times):
     prediction, target = model(pixels, times, SMOOTH)
     SMOOTH(prediction.float(), target.float()).mean().backward()
     model.tokenizer.train()
-    y_hat, y = model.tokenizer(pixels)
+    y_hat, _ = model.tokenizer(pixels)
     model.eval()
     rollout = model(pixels, times, ctx_len=2)[0]
     return prediction, y_hat, rollout
