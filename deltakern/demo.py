@@ -514,6 +514,7 @@ def describe(settings: Settings, result: Result) -> str:
         f"{f['width']} channels a frame. {trained}. "
         f"Numbers are from frames {f['split']} to {f['frames'] - 1}, which no training has seen: {unseen} of {CONTEXT} context and "
         f"{HORIZON} predicted frames, {settings.gap} frames apart."
+        + (" Sizes of models and training were chosen on this clip, these frames included." if settings.video is None else "")
     )
 
 
