@@ -127,7 +127,7 @@ def _train(features: torch.Tensor, steps: int, *, impl: str, dtype: torch.dtype,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "autocast"), [(200, False), (15, True)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("steps", "autocast"), [(200, False), (40, True)], ids=["float32", "bfloat16"])
 def test_training_follows_the_reference_loss_curve(steps, autocast, device):
     """Against the same run in float64: the kernels' curve strays no more than twice as far as plain PyTorch's."""
     features = _features()
@@ -136,5 +136,5 @@ def test_training_follows_the_reference_loss_curve(steps, autocast, device):
     with _triton.count_launches() as launches:
         fused = _train(features, steps, impl="triton", dtype=torch.float32, autocast=autocast, device=device)
     assert launches["residual_norm_backward_kernel"] >= steps
-    assert fused[-5:].mean() < 0.9 * fused[:5].mean(), "nothing was learned, so nothing was compared"
+    assert fused[-10:].mean() < 0.9 * fused[:10].mean(), "nothing was learned, so nothing was compared"
     assert_as_accurate(fused, plain, truth, name="loss curve")
