@@ -92,9 +92,9 @@ def cpu_suite() -> list[Part]:
         Part("accuracy", _measure("accuracy", "cpu"), slow),
     ]
     light = tuple(i for i in stages.IMPLEMENTATIONS if i not in (stages.REFERENCE, stages.OURS_COMPILED))
-    chosen = ("--impl", ",".join(light))
+    chosen = ("--impl", ";".join(light))
     parts += [Part(f"vitb-256: {stage}", _measure(f"stage:{stage}", "cpu", "vitb-256", *chosen), slow) for stage in stages.STAGES]
-    eager = ("--impl", ",".join((stages.RELEASE, stages.OURS, stages.ONE_FUTURE)))
+    eager = ("--impl", ";".join((stages.RELEASE, stages.OURS, stages.ONE_FUTURE)))
     large = ("predictor step", "token-space sample", "rollout")
     parts += [Part(f"vitb-512: {stage}", _measure(f"stage:{stage}", "cpu", "vitb-512", *eager), slow) for stage in large]
     return [*parts, _table()]
@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="the commit that rows name, where the tree has no git history")
     parser.add_argument("--preset", choices=tuple(stages.PRESETS), default="tiny")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, float32 on a CPU by default")
-    parser.add_argument("--impl", metavar="NAMES", help=f"comma-separated, of: {', '.join(stages.IMPLEMENTATIONS)}")
+    parser.add_argument("--impl", metavar="NAMES", help=f"separated by semicolons, of: {'; '.join(stages.IMPLEMENTATIONS)}")
     parser.add_argument("--out", type=Path, help="file of rows instead of benchmarks/results/<device>.jsonl")
     given = parser.parse_args(argv)
     if given.update_readme:
@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--gpu-suite needs a GPU that torch can use; --dry-run shows the plan")
         parts = gpu_suite() if given.gpu_suite else cpu_suite()
         return run_suite(parts, dry_run=given.dry_run, only=given.only, commit=given.commit)
-    names = tuple(n.strip() for n in given.impl.split(",")) if given.impl else stages.IMPLEMENTATIONS
+    names = tuple(n.strip() for n in given.impl.split(";")) if given.impl else stages.IMPLEMENTATIONS
     if unknown := set(names) - set(stages.IMPLEMENTATIONS):
         parser.error(f"--impl: unknown {sorted(unknown)}")
     dtype = getattr(torch, given.dtype) if given.dtype else torch.bfloat16 if given.device == "cuda" else torch.float32

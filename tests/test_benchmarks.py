@@ -104,7 +104,7 @@ def test_the_commit_is_passed_on_to_measurements(tmp_path, capsys):
 
 def test_measure_a_stage(tmp_path, capsys):
     out = tmp_path / "a.jsonl"
-    chosen = f"{stages.RELEASE},{stages.OURS}"
+    chosen = f"{stages.RELEASE};{stages.OURS}"
     assert bench.main(["--measure", "stage:predictor step", "--device", "cpu", "--impl", chosen, "--commit", "abc", "--out", str(out)]) == 0
     found = rows.read(out)
     assert [row.impl for row in found] == [stages.RELEASE, stages.OURS]
@@ -219,3 +219,12 @@ def test_committed_rows_say_where_they_come_from():
         assert json.dumps(row.shape)
         if row.kind == "op" and row.impl in backend.ops()[row.name].implementations:
             assert "error" in row.figures  # it was held to float64 in the same run
+
+
+@pytest.mark.parametrize("suite", [bench.cpu_suite, bench.gpu_suite])
+def test_every_part_of_a_suite_names_implementations_that_there_are(suite):
+    """A suite's own commands must be understood by the command line that runs them."""
+    parts = suite()
+    named = [part.command[part.command.index("--impl") + 1].split(";") for part in parts if "--impl" in part.command]
+    assert all(set(names) <= set(stages.IMPLEMENTATIONS) for names in named)
+    assert parts

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from deltakern import ops
@@ -342,16 +341,10 @@ def _first_block(block: Block, z: torch.Tensor, x: torch.Tensor, rope: Rope, str
         own, shared = t.split((samples, patches), 1)
         return torch.cat((own[:, :, None], shared[:, None].expand(-1, samples, *shared.shape[1:])), 2).flatten(0, 1)
 
-    together = F.linear(normed, *attention._input_projection(dtype))
-    width = normed.shape[-1]
-    q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
-    gate = gate[..., : attention.num_heads]
-    q, k, v = (t.unflatten(-1, (attention.num_heads, attention.head_dim)) for t in (q, k, v))
-    order = attention.qk_norm or "pre_rope"
-    q, k = ops.rope_qk_norm(q, k, *rope, *attention.norm_weights(), order=order, num_prefix=samples, eps=attention.eps)
+    q, k, v, gate = attention.project(normed, rope, num_prefix=samples, dtype=dtype)
     skip = 1 if rows == "rest" else 0
     mixed = attend(sequences(q)[:, skip:], sequences(k), sequences(v), backend=attention.attention)
-    branch = attention._output(mixed, sequences(gate)[:, skip:] if attention.gated else None, fold1, dtype)
+    branch = attention.output(mixed, None if gate is None else sequences(gate)[:, skip:], fold1, dtype)
     stream, normed = add_and_norm(Residual(sequences(stream)[:, skip:], branch, left1), block.norm2, dtype)
     return Residual(stream, block.mlp(normed, fold2), left2)
 

@@ -177,7 +177,18 @@ class SelfAttention(PackedModule):
 
         return self.packed("qkv", parts, dtype, build)
 
-    def _output(self, mixed: torch.Tensor, gate: torch.Tensor | None, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def project(
+        self, normed: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], *, num_prefix: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """q and k, rotated and normed, and v, each (B,L,H,d), and the gate's logits (B,L,H) or None, of tokens (B,L,D)."""
+        width = normed.shape[-1]
+        together = F.linear(normed, *self._input_projection(dtype))
+        q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
+        q, k = ops.rope_qk_norm(q, k, *rope, *self.norm_weights(), order=self.qk_norm or "pre_rope", num_prefix=num_prefix, eps=self.eps)
+        return q, k, v, gate[..., : self.num_heads] if self.gated else None
+
+    def output(self, mixed: torch.Tensor, gate: torch.Tensor | None, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Head gate and output projection of (B,L,H,d), with ``scale`` folded in."""
         if gate is not None:
             mixed = ops.head_gate(mixed, gate)
@@ -206,14 +217,9 @@ class SelfAttention(PackedModule):
             (B, L - skip, D).
         """
         dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
-        width = normed.shape[-1]
-        together = F.linear(normed, *self._input_projection(dtype))
-        q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
-        gate = gate[..., : self.num_heads]
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
-        q, k = ops.rope_qk_norm(q, k, *rope, *self.norm_weights(), order=self.qk_norm or "pre_rope", num_prefix=num_prefix, eps=self.eps)
+        q, k, v, gate = self.project(normed, rope, num_prefix=num_prefix, dtype=dtype)
         mixed = attend(q[:, skip:], k, v, backend=self.attention)
-        return self._output(mixed, gate[:, skip:] if self.gated else None, scale, dtype)
+        return self.output(mixed, None if gate is None else gate[:, skip:], scale, dtype)
 
     def first_row(
         self,
@@ -252,7 +258,7 @@ class SelfAttention(PackedModule):
         if self.gated:
             gate_weight, gate_bias = self.packed("gate", (self.attn_gate.weight, self.attn_gate.bias), dtype, lambda *p: p)
             gate = F.linear(first, gate_weight, gate_bias)[:, None]
-        return self._output(mixed.to(dtype), gate, scale, dtype)
+        return self.output(mixed.to(dtype), gate, scale, dtype)
 
 
 class Block(nn.Module):
