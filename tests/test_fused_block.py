@@ -105,12 +105,14 @@ def _features() -> torch.Tensor:
     return deltakern.DINOv3(config=config)(clip.frames[None])[0]
 
 
-def _train(features: torch.Tensor, steps: int, *, impl: str, dtype: torch.dtype, autocast: bool, device: torch.device) -> torch.Tensor:
+def _train(
+    features: torch.Tensor, steps: int, *, impl: str, dtype: torch.dtype, autocast: bool, device: torch.device, rate: float
+) -> torch.Tensor:
     """Losses of a small DeltaTok's first steps."""
     torch.manual_seed(0)
     tok = deltakern.DeltaTok(_Stored(), num_hidden_layers=1, layer_scale_init=0.1, intermediate_size=96).to(device, dtype)
     features = features.to(device, dtype)
-    optimizer = torch.optim.AdamW(tok.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(tok.parameters(), lr=rate)
     rope = tuple(t.to(dtype) for t in tok.eval()._rope(torch.empty(1, 3, 48, 64, device=device)))
     losses = []
     for step in range(steps):
@@ -127,14 +129,14 @@ def _train(features: torch.Tensor, steps: int, *, impl: str, dtype: torch.dtype,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "autocast"), [(200, False), (40, True)], ids=["float32", "bfloat16"])
-def test_training_follows_the_reference_loss_curve(steps, autocast, device):
+@pytest.mark.parametrize(("steps", "rate", "autocast"), [(200, 1e-3, False), (40, 1e-2, True)], ids=["float32", "bfloat16"])
+def test_training_follows_the_reference_loss_curve(steps, rate, autocast, device):
     """Against the same run in float64: the kernels' curve strays no more than twice as far as plain PyTorch's."""
     features = _features()
-    truth = _train(features, steps, impl="reference", dtype=torch.float64, autocast=False, device=device)
-    plain = _train(features, steps, impl="reference", dtype=torch.float32, autocast=autocast, device=device)
+    truth = _train(features, steps, impl="reference", dtype=torch.float64, autocast=False, device=device, rate=rate)
+    plain = _train(features, steps, impl="reference", dtype=torch.float32, autocast=autocast, device=device, rate=rate)
     with _triton.count_launches() as launches:
-        fused = _train(features, steps, impl="triton", dtype=torch.float32, autocast=autocast, device=device)
+        fused = _train(features, steps, impl="triton", dtype=torch.float32, autocast=autocast, device=device, rate=rate)
     assert launches["residual_norm_backward_kernel"] >= steps
-    assert fused[-10:].mean() < 0.9 * fused[:10].mean(), "nothing was learned, so nothing was compared"
+    assert fused[-10:].mean() < 0.95 * fused[:10].mean(), "nothing was learned, so nothing was compared"
     assert_as_accurate(fused, plain, truth, name="loss curve")
