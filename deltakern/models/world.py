@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,16 +13,12 @@ from deltakern import ops
 from deltakern.models.deltatok import Savings
 from deltakern.models.predictor import Predictor
 from deltakern.models.validate import check_frames, check_positive, check_timestamps
+from deltakern.ops.context_attention import temporal_angles as axis_angles  # the same formula on every axis
+
+__all__ = ["World", "axis_angles", "loss_name", "rotate_axes"]
 
 NOISE_DRAW = 256
 """Candidates whose noise is drawn at once in training: the release's number, so that its draw is this one for the same seed."""
-
-
-def axis_angles(position: torch.Tensor, axis_size: int) -> torch.Tensor:
-    """RoPE angles (..., axis_size / 2) of positions (...) on one axis, at least float32 (released Predictor)."""
-    wide = torch.promote_types(position.dtype, torch.float32)
-    inverse = 1.0 / (10.0 ** torch.linspace(-2, 2, axis_size // 2, device=position.device, dtype=wide))
-    return (2 * math.pi) * position.to(wide)[..., None] * inverse
 
 
 def rotate_axes(x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
