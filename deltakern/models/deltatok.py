@@ -158,7 +158,7 @@ class DeltaTok(nn.Module):
             rows = "first" if i == last and self.savings.last_row else "all"
             entry = block(entry, rope, num_prefix=1, rows=rows, fold_value=self.savings.fold_value)
         if not self.savings.last_row:
-            entry = entry._replace(stream=entry.stream[:, :1], branch=entry.branch[:, :1])
+            entry = entry.rows(slice(1))
         return add_and_norm(entry, self.norm, None)[1]
 
     def decode(self, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:

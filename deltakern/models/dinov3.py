@@ -143,8 +143,7 @@ class VisionTransformer(nn.Module):
         entry = Residual(tokens.to(self.norm.weight.dtype))
         for block in self.model.layer:
             entry = block(entry, rope, num_prefix=prefix)
-        patches = Residual(entry.stream[:, prefix:], entry.branch[:, prefix:], entry.scale)
-        return add_and_norm(patches, self.norm, None)[1]
+        return add_and_norm(entry.rows(slice(prefix, None)), self.norm, None)[1]
 
 
 class DINOv3(nn.Module):

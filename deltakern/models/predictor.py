@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from deltakern import ops
 from deltakern.nn import MLP, LayerScale, PackedModule, Residual
 from deltakern.nn.block import add_and_norm, fold_scale
 from deltakern.nn.packing import compute_dtype
+from deltakern.nn.product import evaluates, product
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Rotate = Callable[[torch.Tensor], torch.Tensor]
 Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-FEW_ROWS = 128
-"""Up to so many rows a float32 product on the CPU takes its weight reordered beforehand."""
-
-
-@functools.cache
-def _reorders() -> bool:
-    """Whether this torch has oneDNN's product with a reordered weight, which Inductor's frozen graphs call too."""
-    namespace = torch.ops.mkldnn
-    return torch.backends.mkldnn.is_available() and all(hasattr(namespace, n) for n in ("_reorder_linear_weight", "_linear_pointwise"))
-
-
-def product(
-    module: PackedModule,
-    name: str,
-    parameters: Sequence[torch.Tensor | None],
-    dtype: torch.dtype,
-    build: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    x: torch.Tensor,
-) -> torch.Tensor:
-    """x (...,D) times the weight (E,D), plus the bias (E,), that ``module.packed`` derives from the parameters: (...,E).
-
-    With a few samples a step is a handful of rows against all weights, and a general product spends as long on reordering
-    the weight as on multiplying. In evaluation without gradients on a CPU the weight is kept reordered instead, a second copy.
-    """
-    rows = x.numel() // x.shape[-1]
-    few = 1 < rows <= FEW_ROWS and x.device.type == "cpu" and x.dtype == dtype == torch.float32
-    evaluating = not (torch.is_grad_enabled() or module.training or torch.compiler.is_compiling())
-    if not (few and evaluating and _reorders()) or any(p is not None and p.is_inference() for p in parameters):
-        return F.linear(x, *module.packed(name, parameters, dtype, build))
-
-    def reordered(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, bias = build(*given)
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), FEW_ROWS // 4), bias
-
-    weight, bias = module.packed(f"{name}, reordered", parameters, dtype, reordered)
-    out = torch.ops.mkldnn._linear_pointwise(x.reshape(rows, -1), weight, bias, "none", [], "")
-    return out.view(*x.shape[:-1], -1)
-
-
-class _MLP(MLP):
-    """The block's MLP, for few rows as well."""
-
-    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        dtype = compute_dtype(normed.device.type, self.up_proj.weight.dtype)
-        hidden = ops.gelu(product(self, "up", (self.up_proj.weight, self.up_proj.bias), dtype, lambda *p: p, normed))
-        return product(self, "down", (self.down_proj.weight, self.down_proj.bias, scale), dtype, fold_scale, hidden)
 
 
 class CrossAttention(PackedModule):
@@ -79,15 +30,18 @@ class CrossAttention(PackedModule):
     def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> KeysValues:
         """Keys, rotated, and values of memory tokens (B,T,Dm): each (B,T,H,d)."""
         dtype = compute_dtype(memory.device.type, self.kv_proj.weight.dtype)
-        weight, bias = self.packed("kv", (self.kv_proj.weight, self.kv_proj.bias), dtype, lambda *p: p)
-        both = F.linear(memory.to(dtype), weight, bias).unflatten(-1, (2, self.num_heads, -1))
+        both = product(self, "kv", (self.kv_proj.weight, self.kv_proj.bias), dtype, lambda *p: p, memory.to(dtype))
+        both = both.unflatten(-1, (2, self.num_heads, -1))
         return rotate(both[:, :, 0]), both[:, :, 1]
 
-    def forward(self, normed: torch.Tensor, kv: KeysValues, mix: Mix, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """(B,Q,D) -> (B,Q,D); ``mix(q, k, v)`` is the attention itself, ``scale`` is folded into the output projection."""
+    def forward(
+        self, normed: torch.Tensor, kv: KeysValues, mix: Mix, scale: torch.Tensor | None = None, plus: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B,Q,D) -> (B,Q,D); ``mix(q, k, v)`` is the attention itself, ``scale`` is folded into the output projection, ``plus`` added."""
         dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
         q = product(self, "q", (self.q_proj.weight, self.q_proj.bias), dtype, lambda *p: p, normed).unflatten(-1, (self.num_heads, -1))
-        return product(self, "out", (self.out_proj.weight, self.out_proj.bias, scale), dtype, fold_scale, mix(q, *kv).flatten(2))
+        parts = (self.out_proj.weight, self.out_proj.bias, scale)
+        return product(self, "out", parts, dtype, fold_scale, mix(q, *kv).flatten(2), plus=plus)
 
 
 class PredictorBlock(nn.Module):
@@ -99,7 +53,7 @@ class PredictorBlock(nn.Module):
         self.attention = CrossAttention(width, memory_width, heads)
         self.layer_scale1 = LayerScale(width, layer_scale_init)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = _MLP(width, mlp_ratio * width)
+        self.mlp = MLP(width, mlp_ratio * width)
         self.layer_scale2 = LayerScale(width, layer_scale_init)
 
     def forward(self, entry: Residual, memory: torch.Tensor | KeysValues, rotate: Rotate | None, mix: Mix) -> Residual:
@@ -116,6 +70,9 @@ class PredictorBlock(nn.Module):
         dtype = compute_dtype(self.norm1.weight.device.type, self.norm1.weight.dtype)
         kv = self.attention.keys_values(memory, rotate) if isinstance(memory, torch.Tensor) else memory
         stream, normed = add_and_norm(entry, self.norm1, dtype)
+        if fold and evaluates(stream, dtype):
+            stream, normed = add_and_norm(Residual(self.attention(normed, kv, mix, scale1, stream)), self.norm2, dtype)
+            return Residual(self.mlp(normed, scale2, stream))
         branch = self.attention(normed, kv, mix, scale1 if fold else None)
         stream, normed = add_and_norm(Residual(stream, branch, None if fold else scale1), self.norm2, dtype)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
@@ -199,4 +156,4 @@ class Predictor(PackedModule):
         for i, block in enumerate(self.blocks):
             own = memory if isinstance(memory, torch.Tensor) else memory[i]
             entry = block(entry, own, rotate, mix if callable(mix) else mix[i])
-        return F.linear(add_and_norm(entry, self.norm, dtype)[1], self.head.weight.to(dtype), self.head.bias.to(dtype))
+        return product(self, "head", (self.head.weight, self.head.bias), dtype, lambda *p: p, add_and_norm(entry, self.norm, dtype)[1])

@@ -17,6 +17,7 @@ from torch import nn
 from deltakern import ops
 from deltakern.nn.attend import attend, check_backend
 from deltakern.nn.packing import PackedModule, compute_dtype
+from deltakern.nn.product import evaluates, fuses, product
 
 QK_NORM_ORDERS = ("pre_rope", "post_rope")
 
@@ -33,6 +34,10 @@ class Residual(NamedTuple):
         if self.branch is None:
             return self.stream
         return ops.residual_norm(self.stream, self.branch, self.scale, None, None)[0]
+
+    def rows(self, which: slice) -> Residual:
+        """The same of some rows (dimension 1)."""
+        return Residual(self.stream[:, which], None if self.branch is None else self.branch[:, which], self.scale)
 
 
 class Assembly(NamedTuple):
@@ -83,11 +88,11 @@ class MLP(PackedModule):
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
 
-    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection."""
+    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it."""
         dtype = compute_dtype(normed.device.type, self.up_proj.weight.dtype)
-        up, up_bias = self.packed("up", (self.up_proj.weight, self.up_proj.bias), dtype, lambda *p: p)
-        return _down(self, ops.gelu(F.linear(normed, up, up_bias)), scale, dtype)
+        hidden = product(self, "up", (self.up_proj.weight, self.up_proj.bias), dtype, lambda *p: p, normed, activation="gelu")
+        return _down(self, hidden, scale, plus, dtype)
 
 
 class SwiGLU(PackedModule):
@@ -99,16 +104,22 @@ class SwiGLU(PackedModule):
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
 
-    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection."""
+    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it."""
         dtype = compute_dtype(normed.device.type, self.up_proj.weight.dtype)
-        gate_up, bias = self.packed(
-            "gate_up",
-            (self.gate_proj.weight, self.gate_proj.bias, self.up_proj.weight, self.up_proj.bias),
-            dtype,
-            lambda gate, gate_bias, up, up_bias: (torch.cat((gate, up)), torch.cat((gate_bias, up_bias))),
-        )
-        return _down(self, ops.swiglu(F.linear(normed, gate_up, bias)), scale, dtype)
+        gate, up = (self.gate_proj.weight, self.gate_proj.bias), (self.up_proj.weight, self.up_proj.bias)
+        if fuses(self, normed, gate[0], dtype):  # both activations ride on the products, so nothing is gained by packing them
+            hidden = product(self, "gate", gate, dtype, lambda *p: p, normed, activation="silu")
+            hidden = product(self, "up", up, dtype, lambda *p: p, normed, times=hidden)
+        else:
+            hidden = ops.swiglu(product(self, "gate_up", (*gate, *up), dtype, _pack_gate_up, normed))
+        return _down(self, hidden, scale, plus, dtype)
+
+
+def _pack_gate_up(
+    gate: torch.Tensor, gate_bias: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat((gate, up)), torch.cat((gate_bias, up_bias))
 
 
 def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,9 +127,10 @@ def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | N
     return (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)
 
 
-def _down(mlp: PackedModule, hidden: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    weight, bias = mlp.packed("down", (mlp.down_proj.weight, mlp.down_proj.bias, scale), dtype, fold_scale)
-    return F.linear(hidden, weight, bias)
+def _down(
+    mlp: PackedModule, hidden: torch.Tensor, scale: torch.Tensor | None, plus: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    return product(mlp, "down", (mlp.down_proj.weight, mlp.down_proj.bias, scale), dtype, fold_scale, hidden, plus=plus)
 
 
 class SelfAttention(PackedModule):
@@ -158,8 +170,8 @@ class SelfAttention(PackedModule):
             return self.q_norm_prerope.weight, self.k_norm_prerope.weight
         return self.q_norm.weight, self.k_norm.weight
 
-    def _input_projection(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """q, k, v and the gate's logits as one product: weight (3D [+ H + padding], D) and bias.
+    def _project_together(self, normed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """q, k, v and the gate's logits as one product, (B,L,3D [+ H + padding]).
 
         Zero rows fill the gate up to a multiple of 16, so that every row of the product begins at a multiple of 32 bytes and
         kernels read its slices 16 bytes at a time.
@@ -175,25 +187,32 @@ class SelfAttention(PackedModule):
                 biases += [gate[1], q.new_zeros(padding)]
             return torch.cat(weights), torch.cat(biases)
 
-        return self.packed("qkv", parts, dtype, build)
+        return product(self, "qkv", parts, dtype, build, normed)
 
     def project(
         self, normed: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], *, num_prefix: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """q and k, rotated and normed, and v, each (B,L,H,d), and the gate's logits (B,L,H) or None, of tokens (B,L,D)."""
         width = normed.shape[-1]
-        together = F.linear(normed, *self._input_projection(dtype))
+        together = self._project_together(normed, dtype)
         q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
         q, k = ops.rope_qk_norm(q, k, *rope, *self.norm_weights(), order=self.qk_norm or "pre_rope", num_prefix=num_prefix, eps=self.eps)
         return q, k, v, gate[..., : self.num_heads] if self.gated else None
 
-    def output(self, mixed: torch.Tensor, gate: torch.Tensor | None, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """Head gate and output projection of (B,L,H,d), with ``scale`` folded in."""
+    def output(
+        self,
+        mixed: torch.Tensor,
+        gate: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        dtype: torch.dtype,
+        plus: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Head gate and output projection of (B,L,H,d), with ``scale`` folded in and ``plus`` (B,L,D) added."""
         if gate is not None:
             mixed = ops.head_gate(mixed, gate)
-        weight, bias = self.packed("o", (self.o_proj.weight, self.o_proj.bias, scale), dtype, fold_scale)
-        return F.linear(mixed.flatten(2), weight, bias)
+        parts = (self.o_proj.weight, self.o_proj.bias, scale)
+        return product(self, "o", parts, dtype, fold_scale, mixed.flatten(2), plus=plus)
 
     def forward(
         self,
@@ -203,6 +222,7 @@ class SelfAttention(PackedModule):
         num_prefix: int,
         skip: int = 0,
         scale: torch.Tensor | None = None,
+        plus: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of rows ``skip``.. over all rows.
 
@@ -212,6 +232,7 @@ class SelfAttention(PackedModule):
             num_prefix: leading tokens that do not rotate.
             skip: leading rows whose output nobody reads.
             scale: (D,) folded into the output projection.
+            plus: (B, L - skip, D) added behind it.
 
         Returns:
             (B, L - skip, D).
@@ -219,7 +240,7 @@ class SelfAttention(PackedModule):
         dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
         q, k, v, gate = self.project(normed, rope, num_prefix=num_prefix, dtype=dtype)
         mixed = attend(q[:, skip:], k, v, backend=self.attention)
-        return self.output(mixed, None if gate is None else gate[:, skip:], scale, dtype)
+        return self.output(mixed, None if gate is None else gate[:, skip:], scale, dtype, plus)
 
     def first_row(
         self,
@@ -229,6 +250,7 @@ class SelfAttention(PackedModule):
         num_prefix: int,
         fold_value: bool,
         scale: torch.Tensor | None = None,
+        plus: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The output of row 0 alone, (B,1,D): keys of every token, one query; exact, see spec of ``ops.delta_pool``.
 
@@ -239,13 +261,13 @@ class SelfAttention(PackedModule):
         heads, head = self.num_heads, self.head_dim
         first = normed[:, 0]
         q_weight, k_weight = self.norm_weights()
-        parts = (self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.v_proj.weight, self.v_proj.bias)
-        q_proj, q_bias, k_proj, v_proj, v_bias = self.packed("first_row", parts, dtype, lambda *p: p)
+        parts = (self.q_proj.weight, self.q_proj.bias, self.v_proj.weight, self.v_proj.bias)
+        q_proj, q_bias, v_proj, v_bias = self.packed("first_row", parts, dtype, lambda *p: p)
         q = F.linear(first, q_proj, q_bias).unflatten(-1, (heads, head))
         if q_weight is not None:
             wide = torch.promote_types(q.dtype, torch.float32)
             q = F.layer_norm(q.to(wide), (head,), q_weight.to(wide), None, self.eps).to(dtype)
-        k = F.linear(normed, k_proj).unflatten(-1, (heads, head))
+        k = product(self, "k", (self.k_proj.weight,), dtype, lambda weight: (weight, None), normed).unflatten(-1, (heads, head))
         _, k = ops.rope_qk_norm(None, k, *rope, None, k_weight, order=self.qk_norm or "pre_rope", num_prefix=num_prefix, eps=self.eps)
         if fold_value:
             pooled = ops.delta_pool(normed, q, k, scale=head**-0.5)
@@ -258,7 +280,7 @@ class SelfAttention(PackedModule):
         if self.gated:
             gate_weight, gate_bias = self.packed("gate", (self.attn_gate.weight, self.attn_gate.bias), dtype, lambda *p: p)
             gate = F.linear(first, gate_weight, gate_bias)[:, None]
-        return self.output(mixed.to(dtype), gate, scale, dtype)
+        return self.output(mixed.to(dtype), gate, scale, dtype, plus)
 
 
 class Block(nn.Module):
@@ -321,18 +343,23 @@ class Block(nn.Module):
             fold_value: with rows="first", see :meth:`SelfAttention.first_row`.
 
         Returns:
-            The stream and the MLP's branch.
+            The stream and the MLP's branch, or their sum where the product adds it.
         """
         dtype = compute_dtype(self.norm1.weight.device.type, self.norm1.weight.dtype)
         (fold1, left1), (fold2, left2) = self._scales()
         stream, normed = add_and_norm(entry, self.norm1, dtype)
+        adds = fold1 is not None and evaluates(stream, dtype)
         if rows == "first":
-            branch = self.attention.first_row(normed, rope, num_prefix=num_prefix, fold_value=fold_value, scale=fold1)
             stream = stream[:, :1]
+            plus = stream if adds else None
+            branch = self.attention.first_row(normed, rope, num_prefix=num_prefix, fold_value=fold_value, scale=fold1, plus=plus)
         else:
             skip = 1 if rows == "rest" else 0
-            branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1)
             stream = stream[:, skip:]
+            branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1, plus=stream if adds else None)
+        if adds:
+            stream, normed = add_and_norm(Residual(branch), self.norm2, dtype)
+            return Residual(self.mlp(normed, fold2, stream))
         stream, normed = add_and_norm(Residual(stream, branch, left1), self.norm2, dtype)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
         return Residual(stream, self.mlp(normed, fold2), None if left2 is None else left2.clone())

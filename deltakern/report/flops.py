@@ -362,7 +362,7 @@ def _counted(name: str, op: str, packet: Any) -> Callable[[Sequence[Any]], int]:
 
 @functools.cache
 def register() -> tuple[str, ...]:
-    """Registers every op of the package with torch's FlopCounterMode, once. Returns the names."""
+    """Registers every op of the package, and oneDNN's product, with torch's FlopCounterMode, once. Returns the package's names."""
     from torch.utils.flop_counter import register_flop_formula
 
     def formula(count: Callable[[Sequence[Any]], int]) -> Callable[..., int]:
@@ -371,6 +371,12 @@ def register() -> tuple[str, ...]:
     found = library_ops()
     for name, (op, packet) in found.items():
         register_flop_formula([packet])(formula(_counted(name, op, packet)))
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see deltakern.nn.product
+
+        def linear(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+            return 2 * prod(out_shape) * x[-1]
+
+        register_flop_formula([torch.ops.mkldnn._linear_pointwise])(linear)
     return tuple(found)
 
 

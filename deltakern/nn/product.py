@@ -1,0 +1,95 @@
+"""Products with the weights that a module packs, and what may follow them in the same pass.
+
+Where nothing needs a gradient, float32 products on a CPU go to oneDNN with the weight reordered once and kept, in place of the
+packed one: torch's own product reorders the weight at every call, and through MKL takes half of the machine's rate on processors that
+are not Intel's. oneDNN's product also applies an activation, multiplies by or adds a second tensor before it writes its result,
+which saves the passes over memory that these cost by themselves. Everywhere else it is ``F.linear`` and the ops.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from deltakern import backend, ops
+from deltakern.nn.packing import PackedModule
+
+WORTHWHILE = 1 << 20
+"""Multiply-adds from which oneDNN's product is faster than MKL's for all its dearer call."""
+ROWS_TRAINING = 1024
+"""Rows from which reordering pays in training, where the weights are others at every step."""
+
+
+@functools.cache
+def _available() -> bool:
+    """Whether this torch has oneDNN's product with a reordered weight, which Inductor's frozen graphs call too."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of x in ``dtype`` are float32 ones on a CPU, without gradient and with no kernel asked for: what oneDNN may take."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and backend.preferred() in (None, "reference")
+        and _available()
+    )
+
+
+def fuses(module: PackedModule, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of x (...,D) with a weight of the shape of ``weight`` (E,D) goes to oneDNN, with what follows in one pass."""
+    if not evaluates(x, dtype):
+        return False
+    rows = x.numel() // x.shape[-1]
+    enough = ROWS_TRAINING if module.training else 1
+    return rows >= enough and rows * weight.numel() >= WORTHWHILE and not weight.is_inference()
+
+
+def product(
+    module: PackedModule,
+    name: str,
+    parameters: Sequence[torch.Tensor | None],
+    dtype: torch.dtype,
+    build: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    x: torch.Tensor,
+    *,
+    activation: str = "none",
+    times: torch.Tensor | None = None,
+    plus: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``activation(x W^T + b)``, or ``(x W^T + b) * times``, or ``x W^T + b + plus``.
+
+    Args:
+        module: keeps what is derived from ``parameters``, under ``name``.
+        parameters: what weight and bias are made of; the first is a weight.
+        dtype: of the product.
+        build: takes the parameters and returns weight (E,D) and bias (E,) or None.
+        x: (...,D).
+        activation: "none", "gelu" (exact) or "silu".
+        times, plus: (...,E) in ``dtype``; at most one of these and of an activation.
+
+    Returns:
+        (...,E).
+    """
+    if not fuses(module, x, parameters[0], dtype):
+        out = F.linear(x, *module.packed(name, parameters, dtype, build))
+        if activation != "none":
+            return ops.gelu(out) if activation == "gelu" else F.silu(out)
+        return out * times if times is not None else out if plus is None else plus + out
+
+    def reordered(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, bias = build(*given)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
+
+    weight, bias = module.packed(f"{name}, reordered", parameters, dtype, reordered)
+    other = plus if times is None else times
+    if other is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add" if times is None else "mul")
+    attribute = {"none": "none", "gelu": "gelu", "silu": "swish"}[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], "none" if activation == "gelu" else "")
