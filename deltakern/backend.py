@@ -200,17 +200,20 @@ def _decide(entry: Op, impl: str, facts: Facts) -> Explanation:
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose_once(name: str, impl: str, facts: Facts, want: str | None, is_strict: bool) -> str:
-    entry = _OPS[name]
-    found = _decide(entry, impl, facts)
-    if found.chosen == "reference" and found.why == _MISSED:
-        reason = "; ".join(f"{n}: {found.refused[n]}" for n in entry.kernels if n in _NATIVE[facts.device])
-        if is_strict:
-            raise BackendError(f"{name}: DELTAKERN_STRICT=1 and no kernel can run on {facts.device} ({reason})")
-        if (name, reason) not in _warned:
-            _warned.add((name, reason))
-            warnings.warn(f"deltakern.{name}: the PyTorch reference runs instead of a kernel ({reason})", BackendWarning, stacklevel=5)
-    return found.chosen
+def _choose_once(name: str, impl: str, facts: Facts, want: str | None) -> tuple[str, str]:
+    """The implementation, and where the reference runs for want of a usable kernel, the reason; else ""."""
+    found = _decide(_OPS[name], impl, facts)
+    if found.chosen != "reference" or found.why != _MISSED:
+        return found.chosen, ""
+    return found.chosen, "; ".join(f"{n}: {found.refused[n]}" for n in _OPS[name].kernels if n in _NATIVE[facts.device])
+
+
+def _report_missed(name: str, device: str, reason: str) -> None:
+    if strict():
+        raise BackendError(f"{name}: DELTAKERN_STRICT=1 and no kernel can run on {device} ({reason})")
+    if (name, reason) not in _warned:
+        _warned.add((name, reason))
+        warnings.warn(f"deltakern.{name}: the PyTorch reference runs instead of a kernel ({reason})", BackendWarning, stacklevel=5)
 
 
 def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,7 +228,10 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
 @traced_once
 def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], note: str) -> str:
     # Plain arguments: under torch.compile this runs once, at trace time, and a NamedTuple does not survive the passage.
-    return _choose_once(name, impl, Facts(device, dtypes, note), preferred(), strict())
+    chosen, missed = _choose_once(name, impl, Facts(device, dtypes, note), preferred())
+    if missed:
+        _report_missed(name, device, missed)
+    return chosen
 
 
 def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:

@@ -62,7 +62,7 @@ def test_values(rows: int, then: str):
     build = (lambda w: (w, None)) if then == "no bias" else (lambda *p: p)
     parameters = (weight,) if then == "no bias" else (weight, bias)
     with torch.no_grad():
-        assert products.fuses(module, x, weight, torch.float32)
+        assert products.fuses(module, x, parameters, torch.float32)
         made = product(module, "p", parameters, torch.float32, build, x, **options)
         again = product(module, "p", parameters, torch.float32, build, x, **options)
     plain = _plain(None, "p", parameters, torch.float32, build, x, **options)
@@ -92,27 +92,27 @@ def test_elsewhere_it_is_torch_with_gradients(options: dict):
 def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch):
     module, weight = PackedModule().eval(), torch.randn(1024, 64)
     many, few = torch.randn(2048, 64), torch.randn(8, 64)
-    assert not products.fuses(module, many, weight, torch.float32)  # gradients are on
+    assert not products.fuses(module, many, (weight,), torch.float32)  # gradients are on
     with torch.no_grad():
-        assert products.fuses(module, many, weight, torch.float32)
-        assert not products.fuses(module, few, weight, torch.float32)  # too small
-        assert not products.fuses(module, many.double(), weight, torch.float64)
-        assert not products.fuses(module, many, weight, torch.bfloat16)  # autocast
-        assert not products.fuses(module, many.to("meta"), weight, torch.float32)
+        assert products.fuses(module, many, (weight,), torch.float32)
+        assert not products.fuses(module, few, (weight,), torch.float32)  # too small
+        assert not products.fuses(module, many.double(), (weight,), torch.float64)
+        assert not products.fuses(module, many, (weight,), torch.bfloat16)  # autocast
+        assert not products.fuses(module, many.to("meta"), (weight,), torch.float32)
         with backend.use_impl("reference"):
-            assert products.fuses(module, many, weight, torch.float32)
+            assert products.fuses(module, many, (weight,), torch.float32)
         with backend.use_impl("triton"):  # whoever asks for kernels gets them
-            assert not products.fuses(module, many, weight, torch.float32)
+            assert not products.fuses(module, many, (weight,), torch.float32)
         module.train()
-        assert products.fuses(module, many, weight, torch.float32)
-        assert not products.fuses(module, many[:1023], weight, torch.float32)  # not worth reordering weights used once
+        assert products.fuses(module, many, (weight,), torch.float32)
+        assert not products.fuses(module, many[:1023], (weight,), torch.float32)  # not worth reordering weights used once
     with torch.inference_mode():
         module.eval()
-        assert products.fuses(module, many, weight, torch.float32)
-        assert not products.fuses(module, many, weight.clone(), torch.float32)  # such a tensor counts no versions: nothing to keep by
+        assert products.fuses(module, many, (weight,), torch.float32)
+        assert not products.fuses(module, many, (weight.clone(),), torch.float32)  # such a tensor counts no versions: nothing to keep by
     monkeypatch.setattr(products, "_available", lambda: False)
     with torch.no_grad():
-        assert not products.fuses(module, many, weight, torch.float32)
+        assert not products.fuses(module, many, (weight,), torch.float32)
 
 
 def _results() -> list[torch.Tensor]:

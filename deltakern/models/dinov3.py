@@ -13,7 +13,7 @@ from torch import nn
 from deltakern.models import checkpoint
 from deltakern.models.validate import check_frames, check_uint8
 from deltakern.nn import Block, Residual
-from deltakern.nn.block import add_and_norm
+from deltakern.nn.block import Rope, add_and_norm, spread_rope
 
 DEFAULT_WEIGHTS = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 
@@ -70,7 +70,7 @@ class Processor:
 
 def patch_rope(
     rows: int, columns: int, head_dim: int, device: torch.device, *, theta: float = 100.0, stretch: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Rope:
     """Cosines and sines of DINOv3's axial RoPE, each (rows * columns, head_dim), float32.
 
     Patch centres lie in [-1, 1]; ``stretch`` (a tensor of one element) multiplies them. head_dim / 4 frequencies an axis,
@@ -126,23 +126,33 @@ class VisionTransformer(nn.Module):
         self.embeddings = _Embeddings(config)
         self.model = _Layers(config, attention)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self._tables: tuple[Any, Rope] | None = None
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=config.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def _rope(self, pixels: torch.Tensor) -> Rope:
+        """Tables (N,d) for the patches of pixels (M,3,H,W): the same at every call, so those of the last size are kept."""
+        rows, columns = (size // self.config.patch_size for size in pixels.shape[2:])
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        arguments = (rows, columns, head_dim, pixels.device)
+        if torch.compiler.is_compiling() or type(pixels) is not torch.Tensor:  # a traced or fake tensor must not be kept
+            return patch_rope(*arguments, theta=self.config.rope_theta)
+        if self._tables is None or self._tables[0] != arguments:
+            with torch.inference_mode(False):
+                self._tables = (arguments, patch_rope(*arguments, theta=self.config.rope_theta))
+        return self._tables[1]
+
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        prefix = 1 + config.num_register_tokens
-        rows, columns = (size // config.patch_size for size in pixels.shape[2:])
-        head_dim = config.hidden_size // config.num_attention_heads
-        rope = patch_rope(rows, columns, head_dim, pixels.device, theta=config.rope_theta)
+        prefix = 1 + self.config.num_register_tokens
         tokens = self.embeddings(pixels)
         # Autocast's convolution leaves bf16; the residual stream stays in the parameters' dtype, as LayerScale would make it.
         entry = Residual(tokens.to(self.norm.weight.dtype))
+        rope, unrotated = spread_rope(self._rope(pixels), prefix, tokens.shape[1])
         for block in self.model.layer:
-            entry = block(entry, rope, num_prefix=prefix)
+            entry = block(entry, rope, num_prefix=unrotated)
         return add_and_norm(entry.rows(slice(prefix, None)), self.norm, None)[1]
 
 
@@ -201,9 +211,11 @@ class DINOv3(nn.Module):
         """uint8 (...,3,H,W) to pixels with the backbone's mean and deviation, in the parameters' dtype."""
         dtype = self.backbone.norm.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        mean = torch.tensor(self.processor.image_mean, dtype=wide, device=frames.device)[:, None, None]
-        std = torch.tensor(self.processor.image_std, dtype=wide, device=frames.device)[:, None, None]
-        return ((frames.to(wide) / 255 - mean) / std).to(dtype)
+        pairs = list(zip(self.processor.image_mean, self.processor.image_std, strict=True))
+        factors = [[1 / (255 * std) for _, std in pairs], [-mean / std for mean, std in pairs]]
+        # One multiplication and one addition a pixel: (x / 255 - mean) / std
+        scale, shift = torch.tensor(factors, dtype=wide, device=frames.device)[:, :, None, None]
+        return torch.addcmul(shift, frames.to(wide), scale).to(dtype)
 
     @torch.no_grad()
     def forward(self, frames: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltakern import ops
+from deltakern import backend, ops
 from deltakern.nn.attend import attend, check_backend
 from deltakern.nn.packing import PackedModule, compute_dtype
 from deltakern.nn.product import evaluates, fuses, product
 
 QK_NORM_ORDERS = ("pre_rope", "post_rope")
+
+Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class Residual(NamedTuple):
@@ -72,6 +74,19 @@ def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torc
     return ops.residual_norm(entry.stream, entry.branch, entry.scale, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
 
 
+def spread_rope(rope: Rope, num_prefix: int, length: int) -> tuple[Rope, int]:
+    """Tables and ``num_prefix`` for blocks of ``length`` tokens.
+
+    Kernels read the tables (N,d) as they are, once a frame, past the prefix. The reference needs a row for every token: on a CPU,
+    where it runs, the tables get them here, once for all blocks.
+    """
+    if torch.compiler.is_compiling() or rope[0].device.type != "cpu" or backend.preferred() not in (None, "reference"):
+        return rope, num_prefix
+    repeats = (length - num_prefix) // rope[0].shape[0]
+    cos, sin = rope if repeats == 1 else (t.repeat(repeats, 1) for t in rope)
+    return (F.pad(cos, (0, 0, num_prefix, 0), value=1.0), F.pad(sin, (0, 0, num_prefix, 0))), 0
+
+
 class LayerScale(nn.Module):
     """Per-channel scale of a branch, parameter ``lambda1`` (D,)."""
 
@@ -108,7 +123,7 @@ class SwiGLU(PackedModule):
         """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it."""
         dtype = compute_dtype(normed.device.type, self.up_proj.weight.dtype)
         gate, up = (self.gate_proj.weight, self.gate_proj.bias), (self.up_proj.weight, self.up_proj.bias)
-        if fuses(self, normed, gate[0], dtype):  # both activations ride on the products, so nothing is gained by packing them
+        if fuses(self, normed, gate, dtype):  # both activations ride on the products, so nothing is gained by packing them
             hidden = product(self, "gate", gate, dtype, lambda *p: p, normed, activation="silu")
             hidden = product(self, "up", up, dtype, lambda *p: p, normed, times=hidden)
         else:
@@ -190,7 +205,7 @@ class SelfAttention(PackedModule):
         return product(self, "qkv", parts, dtype, build, normed)
 
     def project(
-        self, normed: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], *, num_prefix: int, dtype: torch.dtype
+        self, normed: torch.Tensor, rope: Rope, *, num_prefix: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """q and k, rotated and normed, and v, each (B,L,H,d), and the gate's logits (B,L,H) or None, of tokens (B,L,D)."""
         width = normed.shape[-1]
@@ -217,7 +232,7 @@ class SelfAttention(PackedModule):
     def forward(
         self,
         normed: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: Rope,
         *,
         num_prefix: int,
         skip: int = 0,
@@ -245,7 +260,7 @@ class SelfAttention(PackedModule):
     def first_row(
         self,
         normed: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: Rope,
         *,
         num_prefix: int,
         fold_value: bool,
@@ -255,7 +270,7 @@ class SelfAttention(PackedModule):
         """The output of row 0 alone, (B,1,D): keys of every token, one query; exact, see spec of ``ops.delta_pool``.
 
         With ``fold_value`` the value projection is applied after the pooling, to one vector a head instead of L tokens.
-        Row 0 must be one of the ``num_prefix`` tokens that do not rotate.
+        Row 0 must not rotate: one of the ``num_prefix`` tokens, or a row of cosine 1.
         """
         dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
         heads, head = self.num_heads, self.head_dim
@@ -326,7 +341,7 @@ class Block(nn.Module):
     def forward(
         self,
         entry: Residual | Assembly,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: Rope,
         *,
         num_prefix: int,
         rows: str = "all",

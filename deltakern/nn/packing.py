@@ -24,10 +24,19 @@ def compute_dtype(device_type: str, parameter_dtype: torch.dtype) -> torch.dtype
 
 
 def _stamp(parameters: Sequence[torch.Tensor | None]) -> tuple[Any, ...] | None:
-    """What changes when a parameter does; None where it cannot be known (inference tensors count no versions)."""
-    if any(p is not None and p.is_inference() for p in parameters):
-        return None
-    return tuple(None if p is None else (p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+    """What changes when a parameter does; None where it cannot be known (inference tensors count no versions).
+
+    Another dtype or device means other storage. Written for speed: it is taken for every product.
+    """
+    stamp: list[Any] = []
+    for p in parameters:
+        if p is None:
+            stamp.append(None)
+        elif p.is_inference():
+            return None
+        else:
+            stamp += (p.data_ptr(), p._version)
+    return tuple(stamp)
 
 
 class PackedModule(nn.Module):
@@ -35,7 +44,7 @@ class PackedModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._packed: dict[str, tuple[Any, tuple[torch.Tensor | None, ...]]] = {}
+        self._packed: dict[str, tuple[Any, torch.dtype, tuple[torch.Tensor | None, ...]]] = {}
 
     def packed(
         self,
@@ -45,19 +54,17 @@ class PackedModule(nn.Module):
         build: Callable[..., tuple[torch.Tensor | None, ...]],
     ) -> tuple[torch.Tensor | None, ...]:
         """``build(*parameters)`` cast to ``dtype``, from the cache where that is exact."""
-        needs_grad = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
-        if needs_grad or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)):
             return _build(parameters, dtype, build)
         stamp = _stamp(parameters)
         if stamp is None:
             return _build(parameters, dtype, build)
-        key = (stamp, dtype)
         kept = self._packed.get(name)
-        if kept is None or kept[0] != key:
+        if kept is None or kept[0] != stamp or kept[1] != dtype:
             with torch.inference_mode(False), torch.no_grad():
-                kept = (key, _build(parameters, dtype, build))
+                kept = (stamp, dtype, _build(parameters, dtype, build))
             self._packed[name] = kept
-        return kept[1]
+        return kept[2]
 
     def train(self, mode: bool = True) -> PackedModule:
         if mode != self.training:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from deltakern import backend, ops
 from deltakern.nn.packing import PackedModule
 
-WORTHWHILE = 1 << 20
+WORTHWHILE = 3 << 19
 """Multiply-adds from which oneDNN's product is faster than MKL's for all its dearer call."""
 ROWS_TRAINING = 1024
 """Rows from which reordering pays in training, where the weights are others at every step."""
@@ -42,13 +42,15 @@ def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def fuses(module: PackedModule, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a product of x (...,D) with a weight of the shape of ``weight`` (E,D) goes to oneDNN, with what follows in one pass."""
+def fuses(module: PackedModule, x: torch.Tensor, parameters: Sequence[torch.Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether the product of x (...,D) with what is packed from ``parameters`` goes to oneDNN, and what follows it with it."""
     if not evaluates(x, dtype):
         return False
     rows = x.numel() // x.shape[-1]
-    enough = ROWS_TRAINING if module.training else 1
-    return rows >= enough and rows * weight.numel() >= WORTHWHILE and not weight.is_inference()
+    if rows < (ROWS_TRAINING if module.training else 1):
+        return False
+    given = [p for p in parameters if p is not None]
+    return rows * sum(p.numel() for p in given) >= WORTHWHILE and not any(p.is_inference() for p in given)
 
 
 def product(
@@ -67,7 +69,7 @@ def product(
 
     Args:
         module: keeps what is derived from ``parameters``, under ``name``.
-        parameters: what weight and bias are made of; the first is a weight.
+        parameters: what weight and bias are made of.
         dtype: of the product.
         build: takes the parameters and returns weight (E,D) and bias (E,) or None.
         x: (...,D).
@@ -77,7 +79,7 @@ def product(
     Returns:
         (...,E).
     """
-    if not fuses(module, x, parameters[0], dtype):
+    if not fuses(module, x, parameters, dtype):
         out = F.linear(x, *module.packed(name, parameters, dtype, build))
         if activation != "none":
             return ops.gelu(out) if activation == "gelu" else F.silu(out)

@@ -17,7 +17,7 @@ def rank(op: str, name: str, tensor: torch.Tensor, layout: str) -> None:
 
 
 def shape(op: str, name: str, tensor: torch.Tensor, expected: Sequence[int], layout: str) -> None:
-    if tuple(tensor.shape) != tuple(expected):
+    if tensor.shape != expected and tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{op}: {name} must be {layout} = {tuple(expected)}, got {wanted_shape(tensor)}")
 
 
@@ -28,10 +28,14 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def one_device(op: str, **tensors: torch.Tensor | None) -> None:
-    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    first, device = "", None
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but {first_name} is on {first.device}")
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {first} is on {device}")
 
 
 def choice(op: str, name: str, value: str, allowed: Sequence[str]) -> None:

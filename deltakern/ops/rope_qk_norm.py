@@ -47,9 +47,12 @@ def rope_qk_norm_reference(
     repeats = (k.shape[1] - num_prefix) // cos.shape[0]
     head = cos.shape[1]
     half = head // 2
-    # Rows for the prefix (cosine 1, sine 0), in the small tables, so that no tensor of x's size is split and joined.
-    cos = F.pad(cos.to(wide).repeat(repeats, 1), (0, 0, num_prefix, 0), value=1.0)[:, None]
-    sin = F.pad(sin.to(wide).repeat(repeats, 1), (0, 0, num_prefix, 0))[:, None]
+    cos, sin = cos.to(wide), sin.to(wide)
+    if num_prefix or repeats > 1:
+        # Rows for the prefix (cosine 1, sine 0), in the small tables, so that no tensor of x's size is split and joined.
+        cos = F.pad(cos.repeat(repeats, 1), (0, 0, num_prefix, 0), value=1.0)
+        sin = F.pad(sin.repeat(repeats, 1), (0, 0, num_prefix, 0))
+    cos, sin = cos[:, None], sin[:, None]
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
         out = x * cos
