@@ -211,11 +211,9 @@ class DINOv3(nn.Module):
         """uint8 (...,3,H,W) to pixels with the backbone's mean and deviation, in the parameters' dtype."""
         dtype = self.backbone.norm.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        pairs = list(zip(self.processor.image_mean, self.processor.image_std, strict=True))
-        factors = [[1 / (255 * std) for _, std in pairs], [-mean / std for mean, std in pairs]]
-        # One multiplication and one addition a pixel: (x / 255 - mean) / std
-        scale, shift = torch.tensor(factors, dtype=wide, device=frames.device)[:, :, None, None]
-        return torch.addcmul(shift, frames.to(wide), scale).to(dtype)
+        constants = torch.tensor((self.processor.image_mean, self.processor.image_std), dtype=wide, device=frames.device)
+        mean, std = constants[:, :, None, None]
+        return ((frames.to(wide) / 255 - mean) / std).to(dtype)
 
     @torch.no_grad()
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
