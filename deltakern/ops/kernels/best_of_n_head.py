@@ -160,7 +160,7 @@ def best_of_n_head(
     padded = triton.cdiv(width, depth) * depth
     block = triton.next_power_of_2(padded)
     tiles = groups * triton.cdiv(each, size.rows)
-    share = triton.cdiv(tiles, _triton.programs(device, size, tiles))
+    share = max(1, triton.cdiv(tiles, _triton.programs(device, size, tiles)))
     programs = triton.cdiv(tiles, share)
     scratch = torch.empty((programs, size.rows, padded), dtype=head.dtype, device=device)
     s, t, w = _triton.rows(stream), _triton.rows(target), _triton.unit(head)
