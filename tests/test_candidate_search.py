@@ -123,9 +123,13 @@ def test_nothing_falls_back_in_silence(dtype: torch.dtype, device: torch.device,
         prediction, target = search.world.train_on_tokens(search.tokens, search.times, SMOOTH, queries=search.noise)
     SMOOTH(prediction.float(), target).mean().backward()
     assert search.world.predictor.head.weight.grad.isfinite().all()
-    kernel = "triton" if device.type == "cuda" else "cpp"
-    assert asked.count(f"best_of_n_head: {kernel}") == math.ceil(COUNT / CHUNK)
-    assert "best_of_n_head: reference" not in asked
+    # in float32 on a CPU the product is oneDNN's, with a weight that the predictor keeps, and the reduction an op of its own
+    kernel = {"cuda": "best_of_n_head: triton", "cpu": "best_of_n: cpp"}[device.type]
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        kernel = "best_of_n_head: cpp"
+    searched = [a for a in asked if a.startswith("best_of_n")]
+    assert set(searched) <= {kernel, "best_of_n: cpp"}
+    assert searched.count(kernel) == math.ceil(COUNT / CHUNK)
 
 
 @every_impl
