@@ -19,9 +19,10 @@ Memory: in the kernel predictions never leave the processor, and normed rows go 
 grow with N. "cpp" and "cuda" (norm, the library's product, the compiled reduction) hold one prediction a candidate: give
 candidates in chunks and let :class:`deltakern.ops.BestOfN` merge the results.
 Gradient: none, it is a search: a call that autograd would record raises. Run the winner again with gradients.
-Determinism: sums run in an order that depends on D, E, R, the dtype and the device alone, never on N or on how it is cut into
-chunks: the same inputs give the same bits. The implementations' orders differ, so between them the last bits may, and
-the winner where two losses are that close.
+Determinism: the same inputs give the same bits. In the kernel sums run in an order that depends on D, E, R, the dtype and the
+device alone, never on N, so neither does cutting N into chunks change a bit; the products of torch's library, in the other
+implementations, promise that for the same N only. Orders differ between implementations, so the last bits may, and with
+them the winner where two losses are that close.
 Source: ``Predictor``'s norm and head with ``_bom_queries`` of the released code; paper, section 3.
 """
 
