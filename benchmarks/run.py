@@ -64,7 +64,10 @@ def gpu_suite() -> list[Part]:
         Part("build", (python, "-m", "pip", "install", "--no-deps", "-e", ".")),
         Part("doctor", (python, "-m", "deltakern.doctor")),
         Part("tests: gpu", (python, "-m", "pytest", "-q", "-m", "gpu", "tests")),
-        Part("tests: kernels", (python, "-m", "pytest", "-q", "tests/test_triton_kernels.py", "tests/test_best_of_n.py")),
+        Part(
+            "tests: kernels",
+            (python, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in ("triton_kernels", "best_of_n", "best_of_n_head"))),
+        ),
         Part("ceilings", _measure("ceilings", "cuda")),
     ]
     parts += [Part(f"vitb-512: {stage}", _measure(f"stage:{stage}", "cuda", "vitb-512", *_batch(stage))) for stage in main]

@@ -500,3 +500,83 @@ _best_of_n("training-float32-target", (32, 7, 256, 768), REAL, target=torch.floa
 _best_of_n("best-sample-512", (1, 20, 1024, 768), TIMED, reduce_dims=2, wanted=())
 _best_of_n("best-sample-256", (16, 20, 256, 768), TIMED, reduce_dims=2, wanted=())
 _best_of_n("search-65536", (1, 65536, 768), REAL, wanted=())
+
+
+# --- best_of_n_head --------------------------------------------------------------------------------------------------------
+
+
+def _best_of_n_head(
+    name: str,
+    shape: tuple[int, ...],
+    outputs: int,
+    tags: frozenset[str],
+    *,
+    reduce_dims: int = 1,
+    loss: str = "smooth_l1",
+    stream: torch.dtype | None = torch.float32,
+    target: torch.dtype | None = torch.float32,
+    branch: bool = True,
+    scale: bool = True,
+    bias: bool = True,
+    head_bias: bool = True,
+    losses: bool = False,
+) -> None:
+    """``shape`` is the stream's; ``stream`` and ``target`` are those tensors' dtypes where they are not the head's.
+
+    A group's target is near the prediction of one of its candidates, so that the same one wins in every dtype.
+    """
+    axis = len(shape) - reduce_dims - 1
+
+    def make(dtype, device, generator, shrink):
+        full = (shrunk(shape[0], shrink), *shape[1:]) if axis else shape
+        width = shape[-1]
+        x = normal(full, stream or dtype, device, generator)
+        y = normal(full, dtype, device, generator) if branch else None
+        gamma = 0.5 * normal((width,), torch.float32, device, generator) if branch and scale else None
+        weight = 1 + 0.1 * normal((width,), torch.float32, device, generator)
+        shift = 0.1 * normal((width,), torch.float32, device, generator) if bias else None
+        head = (normal((outputs, width), torch.float32, device, generator) / math.sqrt(width)).to(dtype)
+        offset = 0.1 * normal((outputs,), torch.float32, device, generator) if head_bias else None
+        groups, count = math.prod(full[:axis]), full[axis]
+        winner = torch.arange(groups, device=device), (5 * torch.arange(groups, device=device) + 3) % count
+
+        def of_winner(t):
+            return t.reshape(groups, count, *full[axis + 1 :])[winner].float()
+
+        total = of_winner(x)
+        if y is not None:
+            total = total + of_winner(y) * (1.0 if gamma is None else gamma)
+        predicted = torch.nn.functional.layer_norm(total, (width,), weight, shift) @ head.float().T
+        if offset is not None:
+            predicted = predicted + offset
+        wished = (*full[:axis], *full[axis + 1 : -1], outputs)
+        goal = predicted.reshape(wished) + 0.5 * normal(wished, torch.float32, device, generator)
+        args = (x, y, gamma, weight, shift, head, offset, goal.to(target or dtype))
+        return args, {"loss": loss, "reduce_dims": reduce_dims, "return_losses": losses}
+
+    rows, groups, width = math.prod(shape[:-1]), math.prod(shape[:axis]), shape[-1]
+    wide = math.prod(shape[axis + 1 : -1]) * groups * outputs
+
+    def moved(dtype):
+        read = nbytes((rows * width, stream or dtype), (rows * width * branch, dtype), (outputs * width, dtype), (wide, target or dtype))
+        return read + nbytes((groups, torch.int64), (groups, torch.float32), (rows * losses, torch.float32))
+
+    add(Case("best_of_n_head", name, make, (), moved, 2 * rows * width * outputs, tags))
+
+
+_best_of_n_head("odd", (3, 5, 37), 29, TINY, losses=True)
+_best_of_n_head("several-tiles", (2, 150, 70), 261, TINY, stream=None, target=None, losses=True)
+_best_of_n_head("stream-alone", (2, 2, 4, 24), 24, TINY, branch=False, loss="log_cosh")
+_best_of_n_head("folded-scale", (3, 7, 16), 40, TINY, scale=False, bias=False, loss="mse", losses=True)
+_best_of_n_head("one-group", (9, 20), 8, TINY, head_bias=False, loss="l1")
+_best_of_n_head("one-candidate", (4, 1, 65), 3, TINY)
+_best_of_n_head("patches", (2, 5, 3, 33), 19, TINY, reduce_dims=2, losses=True)
+_best_of_n_head("many-patches", (2, 4, 3, 50, 16), 20, TINY, reduce_dims=3, stream=None, losses=True)
+_best_of_n_head("training", (32 * 7, 256, 768), 768, TIMED)
+_best_of_n_head("training-4096", (4 * 7, 4096, 768), 768, TIMED)
+_best_of_n_head("training-bf16-stream", (32 * 7, 256, 768), 768, REAL, stream=None, target=None)
+_best_of_n_head("training-log-cosh", (32 * 7, 256, 768), 768, REAL, loss="log_cosh")
+_best_of_n_head("folded-4096", (4 * 7, 4096, 768), 768, REAL, scale=False)
+_best_of_n_head("dense-256", (8 * 7, 16, 256, 768), 768, REAL, reduce_dims=2)
+_best_of_n_head("vit-large", (32 * 7, 256, 1024), 1024, REAL)
+_best_of_n_head("vit-huge", (32 * 7, 256, 1280), 1280, REAL)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deltakern
 from deltakern import models
+from deltakern.cases import cases
 from deltakern.report import flops
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is in the repository, not in the package
@@ -251,7 +252,16 @@ def test_op_formulas():
     assert flops.op_flops("context_attention", {"q": q, "k": k}) == plain
     plain = _count(reference, made["q"], made["k"], made["k"], time, None, own_k=made["own"], own_v=made["own"], rope_size=12)
     assert flops.op_flops("context_attention", {"q": q, "k": k, "own_k": own}) == plain
+    stream, head = (2, 3, 5, 16), (24, 16)
+    made = [torch.empty(shape, device="meta") for shape in (stream, stream, (16,), (16,), (16,), head, (24,), (2, 3, 24))]
+    assert flops.op_flops("best_of_n_head", {"stream": stream, "head": head}) == _count(deltakern.ops.best_of_n_head.reference, *made)
     assert flops.op_flops("swiglu", {"gate_up": (4, 8)}) == 0
+
+
+@pytest.mark.parametrize("case", cases("best_of_n_head", "tiny"), ids=lambda c: c.name)
+def test_cases_of_the_fused_head_state_their_flops(case):
+    args, _ = case.make(torch.float32, "cpu", torch.Generator().manual_seed(0), 1.0)
+    assert case.flops == flops.op_flops("best_of_n_head", {"stream": args[0].shape, "head": args[5].shape})
 
 
 def test_bad_sizes():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltakern.ops import gelu, patch_delta, recon_loss, residual_norm, swiglu
+from deltakern.ops import best_of_n_head, gelu, patch_delta, recon_loss, residual_norm, swiglu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 ROWS = 2**31 // 768 + 4096
@@ -66,3 +66,15 @@ def test_recon_loss(device: torch.device) -> None:
     assert abs(loss.item() - 1.0) < 1e-5
     (grad,) = torch.autograd.grad(loss, pred, torch.tensor(float(pred.numel()), device=device))
     assert (grad[-TAIL:] == 2).all()
+
+
+def test_best_of_n_head(device: torch.device) -> None:
+    """The last candidate of many wins, and its loss is that of it alone."""
+    stream = torch.randn(1, 1, 768, dtype=torch.bfloat16, device=device).repeat(1, ROWS, 1)
+    stream[0, -1] = torch.randn(768, device=device)
+    weight, head = torch.ones(768, device=device), torch.eye(768, dtype=torch.bfloat16, device=device)
+    target = torch.nn.functional.layer_norm(stream[:, -1].float(), (768,))
+    rest = (None, None, weight, None, head, None, target)
+    index, loss = best_of_n_head(stream, *rest, impl="triton")
+    assert index.item() == ROWS - 1
+    assert torch.equal(loss, best_of_n_head(stream[:, -1:].clone(), *rest, impl="triton")[1])

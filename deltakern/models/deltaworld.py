@@ -14,6 +14,7 @@ from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
 from deltakern.models.stream import Stream
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.models.world import World, axis_angles, rotate_axes
+from deltakern.nn import Residual
 
 
 class DeltaWorld(World):
@@ -101,9 +102,14 @@ class DeltaWorld(World):
         Returns:
             (B,T-1,K,D) predictions of the tokens of frames 1..T-1.
         """
+        return self._predict(tokens, timestamps, queries)
+
+    def _predict(self, tokens, timestamps, queries, *, head: bool = True) -> torch.Tensor | Residual:
+        """:meth:`predict`; without the head the predictor's last stream and branch, (B,T-1,K,D) each."""
         visible = torch.arange(1, timestamps.shape[1], device=tokens.device)
         mix = self._mix(timestamps[:, 1:], visible)
-        return self.predictor(queries.flatten(1, 2), tokens, self._rotate(timestamps[:, :-1]), mix).unflatten(1, queries.shape[1:3])
+        out = self.predictor(queries.flatten(1, 2), tokens, self._rotate(timestamps[:, :-1]), mix, head=head)
+        return out.unflatten(1, queries.shape[1:3])
 
     def _forward_train(self, frames, timestamps, criterion, queries, generator) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
@@ -128,7 +134,7 @@ class DeltaWorld(World):
             else:
                 self._check_queries(queries, (batch, total - 1, queries.shape[2] if queries.ndim == 4 else -1), "(B,T-1,K,D)")
                 portions = (queries,)
-            best = self._best_queries(portions, lambda q: self.predict(past, timestamps, q), target, criterion, 1)
+            best = self._best_queries(portions, lambda q: self._predict(past, timestamps, q, head=False), target, criterion, 1)
         else:
             best = self.q_embed.weight.expand(batch, total - 1, -1)
         return self.predict(past, timestamps, best.unsqueeze(2)).squeeze(2), target

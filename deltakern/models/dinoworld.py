@@ -10,7 +10,7 @@ from torch import nn
 from deltakern.models.deltatok import Savings
 from deltakern.models.validate import check_frames
 from deltakern.models.world import World, axis_angles, rotate_axes
-from deltakern.nn import attend
+from deltakern.nn import Residual, attend
 
 
 class DINOWorld(World):
@@ -92,8 +92,13 @@ class DINOWorld(World):
         angles = [a[:, :, None, :, None] for a in self._angles(frames, time)]
         return rotate_axes(q.unflatten(1, (time.shape[1], candidates, -1)), angles).flatten(2, 3)
 
-    def _predict(self, frames: torch.Tensor, past: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Teacher forcing: queries (B,T-1,K,D), one vector for all patches of a candidate, to predictions (B,T-1,K,N,D)."""
+    def _predict(
+        self, frames: torch.Tensor, past: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor, *, head: bool = True
+    ) -> torch.Tensor | Residual:
+        """Teacher forcing: queries (B,T-1,K,D), one vector for all patches of a candidate, to predictions (B,T-1,K,N,D).
+
+        Without the head the predictor's last stream and branch, of that shape.
+        """
         batch, groups, candidates, width = queries.shape
         patches = past.shape[1] // groups
 
@@ -103,8 +108,8 @@ class DINOWorld(World):
             return torch.cat([attend(q[:, g], k[:, :n], v[:, :n]) for g, n in enumerate(seen)], 1)
 
         q = queries[:, :, :, None].expand(-1, -1, -1, patches, -1).reshape(batch, -1, width)
-        out = self.predictor(q, past, self._rotate(frames, timestamps[:, :-1]), mix)
-        return out.view(batch, groups, candidates, patches, -1)
+        out = self.predictor(q, past, self._rotate(frames, timestamps[:, :-1]), mix, head=head)
+        return out.unflatten(1, (groups, candidates, patches))
 
     def _forward_train(self, frames, timestamps, criterion, queries, generator) -> tuple[torch.Tensor, torch.Tensor]:
         y = self._features(frames)
@@ -116,7 +121,7 @@ class DINOWorld(World):
             else:
                 self._check_queries(queries, (batch, total - 1, queries.shape[2] if queries.ndim == 4 else -1), "(B,T-1,K,D)")
                 portions = (queries,)
-            best = self._best_queries(portions, lambda q: self._predict(frames, past, timestamps, q), target, criterion, 2)
+            best = self._best_queries(portions, lambda q: self._predict(frames, past, timestamps, q, head=False), target, criterion, 2)
         else:
             best = self.q_embed.weight.expand(batch, total - 1, -1)
         return self._predict(frames, past, timestamps, best[:, :, None])[:, :, 0], target

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from deltakern import ops
 from deltakern.nn import MLP, LayerScale, PackedModule, Residual
 from deltakern.nn.block import add_and_norm, fold_scale
 from deltakern.nn.packing import compute_dtype
@@ -141,8 +143,14 @@ class Predictor(PackedModule):
         return together.unflatten(-1, (len(layers), 2, self.blocks[0].attention.num_heads, -1)).permute(3, 2, 0, 1, 4, 5)
 
     def forward(
-        self, queries: torch.Tensor, memory: torch.Tensor | Sequence[KeysValues], rotate: Rotate | None, mix: Mix | Sequence[Mix]
-    ) -> torch.Tensor:
+        self,
+        queries: torch.Tensor,
+        memory: torch.Tensor | Sequence[KeysValues],
+        rotate: Rotate | None,
+        mix: Mix | Sequence[Mix],
+        *,
+        head: bool = True,
+    ) -> torch.Tensor | Residual:
         """Predictions (B,Q,Dm) of queries (B,Q,D).
 
         Args:
@@ -150,10 +158,32 @@ class Predictor(PackedModule):
             memory: tokens (B,T,Dm), or the list of :meth:`keys_values`.
             rotate: the keys' RoPE; None when ``memory`` is keys and values.
             mix: the attention, one for all blocks or one a block.
+            head: False stops before the last norm and the head: the stream and the last branch, (B,Q,D) each, for
+                :meth:`predictions` or :meth:`best`.
         """
-        dtype = compute_dtype(queries.device.type, self.head.weight.dtype)
         entry = Residual(queries)
         for i, block in enumerate(self.blocks):
             own = memory if isinstance(memory, torch.Tensor) else memory[i]
             entry = block(entry, own, rotate, mix if callable(mix) else mix[i])
+        return self.predictions(entry) if head else entry
+
+    def predictions(self, entry: Residual) -> torch.Tensor:
+        """The last norm and the head: (...,Dm) of a stream and branch (...,D)."""
+        dtype = compute_dtype(entry.stream.device.type, self.head.weight.dtype)
         return product(self, "head", (self.head.weight, self.head.bias), dtype, lambda *p: p, add_and_norm(entry, self.norm, dtype)[1])
+
+    def best(self, entry: Residual, target: torch.Tensor, **loss: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of N candidates the head predicts best, and its loss: ``ops.best_of_n_head``, which stores no predictions on a GPU.
+
+        Where a CPU's product is oneDNN's, it is that and ``ops.best_of_n``: no op fuses the two there, and this weight is kept.
+
+        Args:
+            entry: stream and branch (...,N,R...,D).
+            target: (...,R...,Dm).
+            loss: ``loss``, ``beta`` and ``reduce_dims`` as there.
+        """
+        dtype = compute_dtype(entry.stream.device.type, self.head.weight.dtype)
+        if evaluates(entry.stream, dtype):
+            return ops.best_of_n(self.predictions(entry), target, **loss)
+        head, bias = self.head.weight.to(dtype), self.head.bias.to(dtype)
+        return ops.best_of_n_head(*entry, self.norm.weight, self.norm.bias, head, bias, target, eps=self.norm.eps, **loss)

@@ -13,6 +13,7 @@ from deltakern import ops
 from deltakern.models.deltatok import Savings
 from deltakern.models.predictor import Predictor
 from deltakern.models.validate import check_frames, check_positive, check_timestamps
+from deltakern.nn import Residual
 from deltakern.ops.context_attention import temporal_angles as axis_angles  # the same formula on every axis
 
 __all__ = ["World", "axis_angles", "loss_name", "rotate_axes"]
@@ -199,7 +200,7 @@ class World(nn.Module, ABC):
     def _best_queries(
         self,
         queries: Iterable[torch.Tensor],
-        predict: Callable[[torch.Tensor], torch.Tensor],
+        run: Callable[[torch.Tensor], Residual],
         target: torch.Tensor,
         criterion: nn.Module,
         reduce_dims: int,
@@ -208,25 +209,27 @@ class World(nn.Module, ABC):
 
         Args:
             queries: portions (B,G,k,D) of the noise, of any k.
-            predict: (B,G,k,D) queries to candidates (B,G,k,R...).
-            target: (B,G,R...).
-            criterion: elementwise loss.
-            reduce_dims: dimensions of R.
+            run: (B,G,k,D) queries to the predictor's last stream and branch, (B,G,k,R...,D).
+            target: (B,G,R...,Dm).
+            criterion: elementwise loss. One that :func:`loss_name` knows is taken by ``ops.best_of_n_head``, which stores no
+                predictions where its kernel runs; any other judges the predictions of a chunk.
+            reduce_dims: how many dimensions R and the channels are.
 
         Returns:
             (B,G,D). Candidates are made and judged ``candidate_chunk`` at a time, never all in memory.
         """
         named = loss_name(criterion)
-        search = None if named is None else ops.BestOfN(reduce_dims=reduce_dims, **named)
+        search = None if named is None else ops.BestOfN()
         best_loss = best = None
         offset = 0
         for portion in queries:
             for chunk in portion.split(self.candidate_chunk, 2):
-                candidates = predict(chunk)
+                entry = run(chunk)
                 if search is not None:
-                    better = search.update(candidates, target)
+                    better = search.merge(*self.predictor.best(entry, target, reduce_dims=reduce_dims, **named), chunk.shape[2])
                     index = (search.result()[0] - offset).clamp(min=0)  # meant where it is better, any index elsewhere
                 else:
+                    candidates = self.predictor.predictions(entry)
                     losses = criterion(candidates, target.unsqueeze(2).expand_as(candidates)).flatten(3).mean(-1)
                     loss, index = losses.min(-1)
                     better = torch.ones_like(loss, dtype=torch.bool)
@@ -234,10 +237,11 @@ class World(nn.Module, ABC):
                         better = (loss < best_loss) | (best_loss.isnan() & ~loss.isnan())
                         loss = torch.where(better, loss, best_loss)
                     best_loss = loss
+                    del candidates
                 chosen = chunk.gather(2, index[..., None, None].expand(*index.shape, 1, chunk.shape[-1])).squeeze(2)
                 best = chosen if best is None else torch.where(better[..., None], chosen, best)
                 offset += chunk.shape[2]
-                del candidates, chunk
+                del entry, chunk
             del portion  # before the next is drawn
         return best
 

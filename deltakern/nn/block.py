@@ -8,6 +8,7 @@ the LayerNorm, so that sharding a model block by block (FSDP), compiling or chec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,10 @@ class Residual(NamedTuple):
     stream: torch.Tensor
     branch: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> Residual:
+        """Stream and branch with dimension ``dim`` as several; the scale is the channels' and stays."""
+        return Residual(self.stream.unflatten(dim, sizes), None if self.branch is None else self.branch.unflatten(dim, sizes), self.scale)
 
     def add(self) -> torch.Tensor:
         """The sum."""

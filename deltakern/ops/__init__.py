@@ -6,6 +6,7 @@ that ``_triton.define`` registers for it, takes its sizes from ``kernels/tiles.p
 """
 
 from deltakern.ops.best_of_n import BestOfN, best_of_n
+from deltakern.ops.best_of_n_head import best_of_n_head
 from deltakern.ops.context_attention import context_attention
 from deltakern.ops.delta_pool import delta_pool
 from deltakern.ops.gelu import gelu
@@ -19,6 +20,7 @@ from deltakern.ops.swiglu import swiglu
 __all__ = [
     "BestOfN",
     "best_of_n",
+    "best_of_n_head",
     "context_attention",
     "delta_pool",
     "gelu",

@@ -333,6 +333,8 @@ class BestOfN:
             search.update(chunk, target)
         index, loss = search.result()           # index counts the candidates of all chunks
 
+    :meth:`merge` takes results of :func:`deltakern.ops.best_of_n_head` in the same way.
+
     Args:
         loss, beta, reduce_dims, impl: as in :func:`best_of_n`.
     """
@@ -354,9 +356,22 @@ class BestOfN:
             (...) bool: the groups whose best candidate is now one of this chunk's.
         """
         index, loss = best_of_n(chunk, target, **self._settings)
+        return self.merge(index, loss, chunk.shape[loss.ndim], offset=offset)
+
+    def merge(self, index: torch.Tensor, loss: torch.Tensor, count: int, *, offset: int | None = None) -> torch.Tensor:
+        """Takes what :func:`best_of_n` or :func:`best_of_n_head` found among ``count`` further candidates of the same groups.
+
+        Args:
+            index, loss: (...) each, the index within those candidates.
+            count: how many they were.
+            offset: as in :meth:`update`.
+
+        Returns:
+            As :meth:`update`.
+        """
         if offset is None:
             offset = self._count
-        self._count = max(self._count, offset + chunk.shape[loss.ndim])
+        self._count = max(self._count, offset + count)
         index = index + offset
         if self._best is None:
             self._best = index, loss

@@ -323,7 +323,7 @@ def systems(size: int = 512, sizes: Sizes = RELEASED) -> list[System]:
 # ---- the counters -------------------------------------------------------------------------------------------------------
 
 _NAMESPACE = "deltakern"
-_MULTIPLYING = ("delta_pool", "context_attention")  # the other ops multiply no matrices
+_MULTIPLYING = ("delta_pool", "context_attention", "best_of_n_head")  # the other ops multiply no matrices
 
 
 def op_flops(op: str, shapes: Mapping[str, Sequence[int] | None]) -> int:
@@ -336,6 +336,9 @@ def op_flops(op: str, shapes: Mapping[str, Sequence[int] | None]) -> int:
         batch, queries, heads, head = shapes["q"]
         own = shapes.get("own_k")
         return batch * attention(queries, shapes["k"][1] + (own[2] if own is not None else 0), heads * head)
+    if op == "best_of_n_head":
+        outputs, width = shapes["head"]
+        return linear(prod(shapes["stream"][:-1]), width, outputs)
     return 0
 
 

@@ -48,6 +48,27 @@ def segment_tile(number, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def elementwise_loss(d, beta, KIND: tl.constexpr):
+    """The loss of the differences ``d``: smooth_l1, log_cosh, mse or l1."""
+    size = tl.abs(d)
+    if KIND == "mse":
+        loss = d * d
+    elif KIND == "l1":
+        loss = size
+    elif KIND == "smooth_l1":
+        loss = tl.where(size < beta, d * d / (2.0 * beta), size - 0.5 * beta)
+    else:
+        # Near zero the closed form cancels, so there a series takes over; where it ends its first omitted term is below float32's eps
+        square = d * d
+        loss = tl.where(
+            size < 0.125,
+            square * (0.5 + square * (-1.0 / 12.0 + square * (1.0 / 45.0))),
+            size + (tl.log(1.0 + tl.exp(-2.0 * size)) - 0.6931471805599453),
+        )
+    return loss
+
+
+@triton.jit
 def narrow_parts(x, DTYPE: tl.constexpr):
     """x in float32 as the sum of two numbers of a narrow dtype."""
     high = x.to(DTYPE)

@@ -13,38 +13,28 @@ import triton
 import triton.language as tl
 
 from deltakern.ops import _triton
-from deltakern.ops.kernels.common import segment_tile
+from deltakern.ops.kernels.common import elementwise_loss, segment_tile
 from deltakern.ops.kernels.tiles import tile
 
 
 @triton.jit
-def loss_and_derivative(d, beta, KIND: tl.constexpr):
+def _derivative(d, beta, KIND: tl.constexpr):
     size = tl.abs(d)
     sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
     if KIND == "mse":
-        loss = d * d
         derivative = 2.0 * d
     elif KIND == "smooth_l1":
-        near = size < beta
-        loss = tl.where(near, d * d / (2.0 * beta), size - 0.5 * beta)
-        derivative = tl.where(near, d / beta, sign)
+        derivative = tl.where(size < beta, d / beta, sign)
     else:
-        # Near zero both closed forms cancel, so there the series take over; where they end their first omitted term is below
-        # float32's eps
+        # As the loss itself: near zero the closed form cancels, so there the series takes over
         square = d * d
-        near = size < 0.125
         decay = tl.exp(-2.0 * size)
-        loss = tl.where(
-            near,
-            square * (0.5 + square * (-1.0 / 12.0 + square * (1.0 / 45.0))),
-            size + (tl.log(1.0 + decay) - 0.6931471805599453),
-        )
         derivative = tl.where(
-            near,
+            size < 0.125,
             d * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0)))),
             sign * ((1.0 - decay) / (1.0 + decay)),
         )
-    return loss, derivative
+    return derivative
 
 
 @triton.jit
@@ -61,9 +51,9 @@ def recon_loss_forward_kernel(
         segment, column, mask = segment_tile(number, length, BLOCK)
         p = tl.load(pred + segment * pred_stride + column, mask=mask, other=0.0).to(tl.float32)
         t = tl.load(target + segment * target_stride + column, mask=mask, other=0.0).to(tl.float32)
-        loss, derivative = loss_and_derivative(p - t, beta, KIND)
-        total += loss  # of zero where masked, which every kind maps to zero
+        total += elementwise_loss(p - t, beta, KIND)  # of zero where masked, which every kind maps to zero
         if UNIT:
+            derivative = _derivative(p - t, beta, KIND)
             tl.store(unit + segment * length + column, derivative.to(unit.dtype.element_ty), mask=mask)
     tl.store(partials + program, tl.sum(total, axis=0))
 

@@ -111,6 +111,14 @@ TABLE: tuple[Row, ...] = (
     Row("context_attention_backward", 64, 16, None, 4, 2),
     Row("context_attention_backward", 128, 16, None, 8, 1),
     Row("context_attention_reduce", 128, 4, None, 1),
+    # Tiles of candidates and of the head's rows, as dense products take them. A tile twice as wide reads a quarter less from the
+    # cache; sm_80 has no registers for it, nor has an epilogue of many terms (log-cosh, or a target of its own for every row).
+    Row("best_of_n_head", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
+    Row("best_of_n_head", WIDEST, 128, 128, 8, 3, per_processor=1, architecture=80),
+    Row("best_of_n_head", WIDEST, 128, 256, 8, 3, per_processor=1),
+    Row("best_of_n_head_narrow", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
+    Row("best_of_n_head_narrow", WIDEST, 128, 64, 8, 3, per_processor=1),
+    Row("best_of_n_head_pick", WIDEST, 1, 1024, 4),
 )
 
 
