@@ -108,6 +108,32 @@ def test_the_last_row_of_a_measurement_counts():
     assert rows.latest([old, other, new]) == [other, new]
 
 
+def test_rows_of_an_older_commit_are_not_put_beside_newer_ones():
+    before, after = ({**WHERE, "commit": commit, "when": when} for commit, when in (("a", "2026-01-01"), ("b", "2026-01-02")))
+    old = [_row(where=before), _row(impl="reference", where=before), _row(name="gelu", where=before)]
+    new = [_row(where=after), _row(impl="cuda", where=after)]
+    for order in ([*old, *new], [*new, *old]):  # another file may come first
+        assert rows.latest(order) == [old[2], *new]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "text"),
+    [
+        ("AMD EPYC", "26", "AMD EPYC family 26 model 2"),
+        ("Intel(R) Xeon(R) Processor", "6", "Intel Xeon family 6 model 2"),
+        ("Intel(R) Xeon(R) Platinum 8488C", "6", "Intel Xeon Platinum 8488C"),
+        ("AMD EPYC 9R14", "25", "AMD EPYC 9R14"),
+    ],
+)
+def test_processors_are_told_apart(name, family, text):
+    """A virtual machine may name no more than the brand."""
+    assert (
+        rows.processor(f"processor\t: 0\ncpu family\t: {family}\nmodel\t\t: 2\nmodel name\t: {name}\n\nprocessor\t: 1\nmodel\t: 9\n")
+        == text
+    )
+    assert rows.processor("")
+
+
 def test_environment_names_commit_and_versions():
     found = rows.environment()
     assert found["torch"] == torch.__version__

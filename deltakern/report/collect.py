@@ -133,9 +133,9 @@ def op_rows(
     """
     device = torch.device(device)
     scale = scale_for(case, dtype, most_bytes)
-    able = [i for i in accuracy.runnable(case, dtype, device, scale=scale)[0] if i in NATIVE.get(device.type, ("reference",))]
-    some = scale_for(case, dtype, 1 << 20 if device.type == "cpu" else 1 << 26)  # float64 takes several times the memory
-    errors = check_op(case, able, dtype, device, scale=min(scale, some), checked=checked)
+    some = min(scale, scale_for(case, dtype, 1 << 20 if device.type == "cpu" else 1 << 26))  # float64 takes several times the memory
+    able = [i for i in accuracy.runnable(case, dtype, device, scale=some)[0] if i in NATIVE.get(device.type, ("reference",))]
+    errors = check_op(case, able, dtype, device, scale=some, checked=checked)
     args, kwargs = case.make(dtype, device, torch.Generator().manual_seed(0), scale)
     functions: dict[str, Callable[..., Any]] = {"reference": case.function.reference}
     if compiled:
