@@ -323,7 +323,9 @@ def test_figures_agree_everywhere(report, tmp_path):
         for system in systems:
             assert render.times(system["flops_ratio"], 4) in page
             assert render.times(system["flops_ratio"], 4) in markdown
-    for text in ("1,024x", "35.1x", "2,042x", "31,349"):
+    assert report["flops"]["claims"]["tokens a frame, DINO-world"] == 1024
+    said = ("1,024x fewer tokens, 35x fewer parameters and 2,000x fewer FLOPs", "counted twice it would be 5,786")
+    for text in ("1,024x", "35.1x", "2,042x", "31,349", *said):
         assert text in page
 
 
@@ -350,11 +352,24 @@ def test_devices_are_told_apart(report):
     assert "another machine" in render.html_page(both).html()
 
 
-def test_terminal(report, capsys):
-    render.print_tables(report)
+@pytest.mark.parametrize("columns", [80, 140])
+def test_terminal(report, capsys, monkeypatch, columns):
+    """No number and no implementation is broken over lines, at any width."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    other = [{**row, "where": {**WHERE, "device": "another machine with a long name, 96 cores"}} for row in report["rows"]]
+    render.print_tables({**report, "rows": report["rows"] + other})
     shown = capsys.readouterr().out
-    assert "Latency by stage" in shown
     assert "something" in shown
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "Latency by stage: a test's machine, float32" in shown
+    assert "Latency by stage: another machine with a long name, 96 cores, float32" in shown
+    for row in report["rows"]:
+        if row["kind"] == "model":
+            assert sum(row["impl"] in line and render.seconds(row["seconds"]) in line for line in lines) >= 2
+    for system in report["flops"]["systems"]["512"]:
+        assert any(system["name"] in line and render.times(system["flops_ratio"], 4) in line for line in lines)
+    assert ("10% to 90%" in shown) == (columns == 140)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------------
@@ -383,6 +398,28 @@ def test_bad_arguments(tmp_path):
         run.main("tiny", "tpu", tmp_path)
     with pytest.raises(FileNotFoundError):
         run.main(source=tmp_path / "nothing", out=tmp_path)
+
+
+def test_the_remaining_time_is_known_from_the_start():
+    now = [0.0]
+    tasks = [collect.Task(str(weight), weight, list) for weight in (10, 20, 30)]
+    left = run._Remaining(tasks, lambda: now[0])
+    assert left() == 60
+    now[0] = 4.0
+    assert left() == 56
+    now[0] = 30.0  # the first task took three times its estimate
+    left.advance()
+    assert left() == pytest.approx(2 * 50)
+    now[0] = 1000.0  # and a task that overruns does not make it negative
+    assert left() == pytest.approx(2 * 30)
+    left.advance()
+    left.advance()
+    assert left() == 0
+
+
+def test_progress_is_shown(capsys):
+    found = run._with_progress([collect.Task("encode", 1, lambda: [_row()]), collect.Task("decode", 2, list)])
+    assert found.rows == [_row()]
 
 
 def test_the_plan_names_every_part():
