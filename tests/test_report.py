@@ -211,6 +211,7 @@ def test_a_model_that_differs_has_no_speed():
 
 def test_a_call_that_takes_long_is_made_once(monkeypatch):
     monkeypatch.setattr(collect, "LONG", 0.02)
+    monkeypatch.setattr(collect, "WARM", 0.01)
     made = {stages.RELEASE: 0, stages.OURS: 0}
 
     def call(name, seconds):
@@ -226,6 +227,14 @@ def test_a_call_that_takes_long_is_made_once(monkeypatch):
     assert found[0].rounds == 1
     assert found[0].seconds >= 0.05
     assert made[stages.OURS] > 3
+    assert "peak_bytes" not in found[0].figures
+    assert "peak_bytes" in found[1].figures
+
+
+def test_a_call_that_was_made_needs_no_warming(monkeypatch):
+    made = []
+    found = latency.interleaved({"a": lambda: made.append(time.sleep(0.01))}, budget=0.0, known={"a": 0.02})
+    assert len(made) == found["a"].rounds == 1
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------------------

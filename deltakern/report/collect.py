@@ -24,7 +24,8 @@ COMPILED = "reference (torch.compile)"
 MODEL_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-LONG = 30.0  # seconds
+LONG = 30.0  # seconds: a stage's call is timed once, and not made again for its memory
+WARM = 1.0  # seconds: after a first call of this length another one is no warmer
 
 
 class RedError(RuntimeError):
@@ -216,14 +217,17 @@ def stage_rows(
     """
     device = torch.device(device)
     where = rows.environment(device) if where is None else where
-    outputs, single = {}, {}
+    outputs, single, known = {}, {}, {}
     for impl, call in stage.calls.items():
         begin = clock()
         outputs[impl] = call()
         took = clock() - begin
         # What takes this long is timed by its first call alone; one that compiles first has to be called again
-        if device.type == "cpu" and took > LONG and "torch.compile" not in impl:
-            single[impl] = Timing(took, took, took, 1)
+        if device.type == "cpu" and "torch.compile" not in impl:
+            if took > LONG:
+                single[impl] = Timing(took, took, took, 1)
+            elif took > WARM:
+                known[impl] = took
     baseline = next((impl for impl in (stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS) if impl in outputs), None)
     errors = {}
     for impl, out in outputs.items():
@@ -236,13 +240,13 @@ def stage_rows(
             raise RedError(f"{stage.name}: {impl} differs from {baseline} by {errors[impl]:.1e} ({allowed})")
     del outputs
     several = {impl: call for impl, call in stage.calls.items() if impl not in single}
-    timings = single | (latency.interleaved(several, device, budget=budget) if time and several else {})
+    timings = single | (latency.interleaved(several, device, budget=budget, known=known) if time and several else {})
     made = []
     for impl, call in stage.calls.items():
         figures: dict[str, float] = {"flops": stage.flops[impl]}
         if impl in errors:
             figures["difference"] = errors[impl]
-        if memory and impl not in single:
+        if memory and (impl not in timings or timings[impl].seconds <= LONG):
             figures["peak_bytes"] = latency.peak_memory(call, device)
         if time and device.type == "cuda":
             figures |= _gpu_figures(call, device) if "training" not in stage.name else {"kernels": latency.kernel_count(call, device)}

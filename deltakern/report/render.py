@@ -237,15 +237,15 @@ def _stage_latency(report: dict[str, Any]) -> list[Table]:
                     impl,
                     dtype,
                     seconds(row["seconds"]),
+                    times(ours),
                     f"{seconds(row['low'])} to {seconds(row['high'])}",
                     str(row["rounds"]),
-                    times(ours),
                     rate(row["figures"]["flops"] / row["seconds"], "FLOP/s"),
                     ", ".join(extra),
                 ]
             )
-    header = [*(["device"] if several else []), "stage", "implementation", "dtype", "median", "10% to 90%", "rounds"]
-    header += ["against release (eager)", "rate", "launches"]
+    header = [*(["device"] if several else []), "stage", "implementation", "dtype", "median"]
+    header += ["against release (eager)", "10% to 90%", "rounds", "rate", "launches"]
     about = (
         "Implementations take turns in one run, batch of one clip. The rate counts the FLOPs that the implementation itself has to do, "
         "so work left out is not in it. A training step is forward, backward, clipping and AdamW."
@@ -292,15 +292,15 @@ def _op_latency(report: dict[str, Any]) -> list[Table]:
                     impl,
                     dtype,
                     seconds(row["seconds"]),
+                    times(base / row["seconds"]) if base and impl != "reference" else "",
+                    share,
                     f"{seconds(row['low'])} to {seconds(row['high'])}",
                     "" if speed is None else rate(speed, "B/s"),
-                    share,
-                    times(base / row["seconds"]) if base and impl != "reference" else "",
                     "" if sizes.get("scale", 1) == 1 else number(sizes["scale"]),
                 ]
             )
-    header = [*(["device"] if several else []), "op and case", "pass", "implementation", "dtype", "median", "10% to 90%", "bandwidth"]
-    header += ["of copy", "against reference", "scale"]
+    header = [*(["device"] if several else []), "op and case", "pass", "implementation", "dtype", "median"]
+    header += ["against reference", "of copy", "10% to 90%", "bandwidth", "scale"]
     about = (
         "Bandwidth counts every input and output once; what fits a cache may pass copy. A case is shrunk by the scale where the "
         "machine is small. Every implementation was held to float64 before it was timed; a wrong one has no row."
@@ -383,8 +383,8 @@ LEAST = ("parameters, ratio", "tokens, ratio", "rounds", "scale", "launches", "1
 FIRST = 20  # characters that a first column may be narrowed to
 
 
-def _by_device(table: Table) -> list[Table]:
-    """A table in the terminal: one for each device, and what is the same in all its rows in the title."""
+def _by_device(table: Table) -> list[tuple[str, Table]]:
+    """A table taken apart: one for each device, and what is the same in all its rows in its title. What it says of itself comes last."""
     title, header, rows, about = table
     groups: dict[str, list[list[str]]] = {}
     if header[0] == "device":
@@ -400,9 +400,10 @@ def _by_device(table: Table) -> list[Table]:
         same = [i for i, name in enumerate(header) if name in ("dtype", "pass") and len({line[i] for line in lines} - {""}) == 1]
         named = ", ".join(filter(None, [device, *(lines[0][i] for i in same)]))
         kept = [i for i in range(len(header)) if i not in same]
+        last = about if len(made) == len(groups) - 1 else ""
         cells = [[line[i] for i in kept] for line in lines]
-        made.append((f"{title}: {named}" if named else title, [header[i] for i in kept], cells, about))
-    return [(*each[:3], about if each is made[-1] else "") for each in made]
+        made.append((device, (f"{title}: {named}" if named else title, [header[i] for i in kept], cells, last)))
+    return made
 
 
 def _narrowed(header: list[str], rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
@@ -425,7 +426,7 @@ def print_tables(report: dict[str, Any]) -> None:
     """The report in the terminal, in as many columns as it has room for."""
     rich_console, rich_table, rich_box = (require(f"rich.{m}", "report", "printing tables") for m in ("console", "table", "box"))
     console = rich_console.Console()
-    for title, header, rows, about in (part for table in tables(report) for part in _by_device(table)):
+    for title, header, rows, about in (part for table in tables(report) for _, part in _by_device(table)):
         header, rows = _narrowed(header, rows, console.width)
         style = {"title_justify": "left", "caption_justify": "left", "header_style": "bold", "box": rich_box.SIMPLE_HEAD, "pad_edge": False}
         shown = rich_table.Table(title=title, caption=about or None, **style)
@@ -610,9 +611,9 @@ def _roofline(report: dict[str, Any], device: str) -> list[page.Html]:
         axes.plot([low, knee, high], [low * ceilings["copy"], ceilings["gemm"], ceilings["gemm"]], color="#ef4444", linewidth=1.2)
         axes.annotate(
             f"copy {rate(ceilings['copy'], 'B/s')}",
-            (low * 1.2, low * 1.2 * ceilings["copy"]),
+            (low * 2, low * 2 * ceilings["copy"]),
             fontsize=7,
-            xytext=(0, 6),
+            xytext=(7, -7),
             textcoords="offset points",
         )
         axes.annotate(
@@ -652,15 +653,13 @@ def html_page(report: dict[str, Any]) -> page.Page:
     made = page.Page("deltakern report", f"{report['made']} · preset {report['preset']} · {_machine(report)}")
     for note in report["notes"]:
         made.add(page.paragraph(note, "verdict bad"))
-    found = {title: (header, rows, about) for title, header, rows, about in tables(report)}
+    found = {table[0]: table for table in tables(report)}
 
-    def shown(title: str) -> list[page.Html]:
-        if title not in found:
-            return []
-        header, rows, about = found[title]
-        return [page.table(header, rows, caption=about, numbers=_numbers(header, rows))]
+    def shown(table: Table) -> list[page.Html]:
+        _, header, rows, about = table
+        drawn = [page.table(header, rows, numbers=_numbers(header, rows))]
+        return [*drawn, page.paragraph(about, "soft")] if about else drawn  # beside the table, which may scroll sideways
 
-    several = _several(report)
     charts = {
         "Latency by stage": _latency_charts,
         "Peak memory by stage": _memory_charts,
@@ -668,20 +667,20 @@ def html_page(report: dict[str, Any]) -> page.Page:
         "Error against float64": _accuracy_charts,
     }
     for size in report["flops"].get("systems", {}):
-        made.section(f"Systems at {size} x {size}", *shown(f"Systems at {size} x {size}"))
+        title = f"Systems at {size} x {size}"
+        made.section(title, *shown(found[title]))
     if report["flops"]:
         made.add(page.charts(*_systems_charts(report)))
         title = "FLOPs of the released models, in closed form"
-        made.section(title, *shown(title))
+        made.section(title, *shown(found[title]))
     for title, draw in charts.items():
         if title not in found:
             continue
         made.section(title)
-        for device in _devices(report):
-            drawn = draw(report, device)
-            if drawn:
-                made.add(*([page.paragraph(device, "label")] if several else []), page.charts(*drawn))
-        made.add(*shown(title))
+        for device, table in _by_device(found[title]):
+            drawn = draw(report, device or _devices(report)[0])
+            named = table[0].partition(": ")[2]
+            made.add(*([page.paragraph(named, "label")] if named else []), *([page.charts(*drawn)] if drawn else []), *shown(table))
     return made
 
 
