@@ -392,6 +392,14 @@ def test_report_from_rows(tmp_path, capsys):
     assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
 
 
+def test_what_the_smallest_report_leaves_out_is_said(report):
+    about = {title: about for title, _, _, about in render.tables(report)}
+    assert "under torch.compile" not in about["Latency by stage"]
+    more = [{**row, "impl": stages.RELEASE_COMPILED} for row in report["rows"] if row["kind"] == "model" and row["name"] == "encode"]
+    about = {title: about for title, _, _, about in render.tables({**report, "rows": report["rows"] + more})}
+    assert "The rollout is not measured under torch.compile" in about["Latency by stage"]
+
+
 def test_a_wrong_value_makes_the_command_fail(tmp_path, monkeypatch):
     bad = Row("accuracy", "swiglu", "odd", "triton", "float32", figures={"error": 1.0, "plain": 1e-7, "ok": 0.0}, where=WHERE)
     monkeypatch.setattr(collect, "plan", lambda *_: iter([collect.Task("accuracy", 1, lambda: [bad])]))

@@ -250,6 +250,10 @@ def _stage_latency(report: dict[str, Any]) -> list[Table]:
         "Implementations take turns in one run, batch of one clip. The rate counts the FLOPs that the implementation itself has to do, "
         "so work left out is not in it. A training step is forward, backward, clipping and AdamW."
     )
+    measured = {(row["name"], row["impl"]) for row in _of(report, "model") if row["seconds"] is not None}
+    compiled = {name for name, impl in measured if impl == stages.RELEASE_COMPILED}
+    if compiled and "rollout" not in compiled and ("rollout", stages.RELEASE) in measured:
+        about += " The rollout is not measured under torch.compile with this preset on a CPU; its parts are."
     return [("Latency by stage", header, _once(rows, 2 if several else 1), about)]
 
 
