@@ -53,6 +53,52 @@ def test_values_and_a_broken_kernel(monkeypatch, capsys):
     assert "1 broken: swiglu triton" in capsys.readouterr().out
 
 
+BREAK = """
+import importlib, sys
+
+module = importlib.import_module("deltakern.ops.best_of_n")
+
+
+class Broken:
+    \"\"\"The compiled extension, computing another loss than it is asked for.\"\"\"
+
+    def __init__(self, right):
+        self.right = right
+
+    def __getattr__(self, name):
+        return getattr(self.right, name)
+
+    def best_of_n_cpu(self, *args):
+        self.right.best_of_n_cpu(*args[:9], (args[9] + 1) % len(module.LOSSES), *args[10:])
+
+
+right = module._loaded
+module._loaded = lambda: Broken(right())
+"""
+
+
+@pytest.mark.skipif(backend.extension().module is None, reason="needs the compiled extension")
+def test_a_broken_kernel_fails_doctor_and_loses_its_speed(tmp_path):
+    """Both commands as a user runs them, but for the break: the kernel that runs here computes another loss."""
+
+    def run(text: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "DELTAKERN_IMPL": ""}
+        env.pop("TRITON_INTERPRET", None)
+        return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env=env, cwd=SCRIPT.parents[1], check=False)
+
+    done = run(f"{BREAK}\nfrom deltakern import doctor\nsys.exit(doctor.main(json_output=True))")
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] is False
+    assert [f["name"] for f in report["findings"] if f["status"] == "broken"] == ["best_of_n cpp"]
+    out = tmp_path / "rows.jsonl"
+    command = ["--measure", "op:best_of_n", "--device", "cpu", "--commit", "abc", "--out", str(out)]
+    done = run(f"{BREAK}\nfrom benchmarks import run\nsys.exit(run.main({command!r}))")
+    assert done.returncode == 1, done.stderr
+    assert "no speed: best_of_n cpp is wrong" in done.stderr
+    assert not out.exists()
+
+
 def test_a_kernel_that_raises_or_returns_nan_is_broken(monkeypatch):
     kernels = importlib.import_module("deltakern.ops.kernels.swiglu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -66,11 +67,26 @@ def test_papers_own_figures():
 
 
 def test_dense_baseline_differs_from_the_paper_by_one_attention_product():
-    sizes = flops.RELEASED
-    for size, published in flops.PUBLISHED["DINO-world"].items():
-        patches = sizes.patches(size, size)
-        again = sum(sizes.predictor_layers * flops.attention(patches, t * patches, sizes.predictor_hidden) for t in (4, 5, 6))
-        assert 2 * (flops.dinoworld_rollout(size, size) + again) / 1e9 == pytest.approx(published, rel=3e-3)
+    for size, published, own, twice in ((512, "5.8e+03", 4627, 5786), (256, "959", 886, 959)):
+        computed = 2 * flops.dinoworld_rollout(size, size) / 1e9
+        assert round(computed) == own
+        again = computed + 2 * flops.dinoworld_attention(size, size) / 1e9
+        assert round(again) == twice
+        assert (f"{again:.1e}" if size == 512 else f"{again:.0f}") == published
+
+
+def test_no_reading_of_the_dense_baseline_gives_the_papers_figures():
+    """From 4 frames 3 more: queries of all frames or of the next, past projected anew or not, one crop or two, any backbone passes."""
+    for frames, crops, every, cached in itertools.product(range(10), (1, 2), (False, True), (False, True)):
+        counts = {}
+        for size in (512, 256):
+            patches = flops.RELEASED.patches(size, size)
+            total = frames * flops.backbone(size, size)
+            for known in (4, 5, 6):
+                fresh = (4 if known == 4 else 1) if cached else known
+                total += flops.predictor((known if every else 1) * patches, known * patches, new_keys=fresh * patches)
+            counts[size] = crops * total / 1e9
+        assert not (5750 <= counts[512] < 5850 and 958.5 <= counts[256] < 959.5), (frames, crops, every, cached)
 
 
 def test_systems_give_the_project_pages_ratios():
@@ -81,6 +97,10 @@ def test_systems_give_the_project_pages_ratios():
     assert round(rows["Cosmos-4B"].flops_ratio, -3) == round(rows["Cosmos-12B"].flops_ratio, -3) == 2000
     assert [row.published for row in rows.values()] == [False, False, True, True]
     assert rows["DeltaWorld"].flops_ratio == rows["DeltaWorld"].parameter_ratio == 1
+    said = flops.claims()
+    assert said["tokens a frame, DINO-world"] == 1024
+    assert int(said["parameters, Cosmos-12B"]) == 35
+    assert [float(f"{said[name]:.0e}") for name in ("FLOPs, Cosmos-4B", "FLOPs, Cosmos-12B")] == [2000, 2000]
     assert [row.name for row in flops.systems(256)] == ["DeltaWorld", "DINO-world"]
 
 

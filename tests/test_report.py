@@ -108,6 +108,32 @@ def test_the_last_row_of_a_measurement_counts():
     assert rows.latest([old, other, new]) == [other, new]
 
 
+def test_rows_of_an_older_commit_are_not_put_beside_newer_ones():
+    before, after = ({**WHERE, "commit": commit, "when": when} for commit, when in (("a", "2026-01-01"), ("b", "2026-01-02")))
+    old = [_row(where=before), _row(impl="reference", where=before), _row(name="gelu", where=before)]
+    new = [_row(where=after), _row(impl="cuda", where=after)]
+    for order in ([*old, *new], [*new, *old]):  # another file may come first
+        assert rows.latest(order) == [old[2], *new]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "text"),
+    [
+        ("AMD EPYC", "26", "AMD EPYC family 26 model 2"),
+        ("Intel(R) Xeon(R) Processor", "6", "Intel Xeon family 6 model 2"),
+        ("Intel(R) Xeon(R) Platinum 8488C", "6", "Intel Xeon Platinum 8488C"),
+        ("AMD EPYC 9R14", "25", "AMD EPYC 9R14"),
+    ],
+)
+def test_processors_are_told_apart(name, family, text):
+    """A virtual machine may name no more than the brand."""
+    assert (
+        rows.processor(f"processor\t: 0\ncpu family\t: {family}\nmodel\t\t: 2\nmodel name\t: {name}\n\nprocessor\t: 1\nmodel\t: 9\n")
+        == text
+    )
+    assert rows.processor("")
+
+
 def test_environment_names_commit_and_versions():
     found = rows.environment()
     assert found["torch"] == torch.__version__
@@ -185,6 +211,7 @@ def test_a_model_that_differs_has_no_speed():
 
 def test_a_call_that_takes_long_is_made_once(monkeypatch):
     monkeypatch.setattr(collect, "LONG", 0.02)
+    monkeypatch.setattr(collect, "WARM", 0.01)
     made = {stages.RELEASE: 0, stages.OURS: 0}
 
     def call(name, seconds):
@@ -200,6 +227,14 @@ def test_a_call_that_takes_long_is_made_once(monkeypatch):
     assert found[0].rounds == 1
     assert found[0].seconds >= 0.05
     assert made[stages.OURS] > 3
+    assert "peak_bytes" not in found[0].figures
+    assert "peak_bytes" in found[1].figures
+
+
+def test_a_call_that_was_made_needs_no_warming(monkeypatch):
+    made = []
+    found = latency.interleaved({"a": lambda: made.append(time.sleep(0.01))}, budget=0.0, known={"a": 0.02})
+    assert len(made) == found["a"].rounds == 1
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------------------
@@ -297,7 +332,9 @@ def test_figures_agree_everywhere(report, tmp_path):
         for system in systems:
             assert render.times(system["flops_ratio"], 4) in page
             assert render.times(system["flops_ratio"], 4) in markdown
-    for text in ("1,024x", "35.1x", "2,042x", "31,349"):
+    assert report["flops"]["claims"]["tokens a frame, DINO-world"] == 1024
+    said = ("1,024x fewer tokens, 35x fewer parameters and 2,000x fewer FLOPs", "counted twice it would be 5,786")
+    for text in ("1,024x", "35.1x", "2,042x", "31,349", *said):
         assert text in page
 
 
@@ -324,11 +361,24 @@ def test_devices_are_told_apart(report):
     assert "another machine" in render.html_page(both).html()
 
 
-def test_terminal(report, capsys):
-    render.print_tables(report)
+@pytest.mark.parametrize("columns", [80, 140])
+def test_terminal(report, capsys, monkeypatch, columns):
+    """No number and no implementation is broken over lines, at any width."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    other = [{**row, "where": {**WHERE, "device": "another machine with a long name, 96 cores"}} for row in report["rows"]]
+    render.print_tables({**report, "rows": report["rows"] + other})
     shown = capsys.readouterr().out
-    assert "Latency by stage" in shown
     assert "something" in shown
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "Latency by stage: a test's machine, float32" in shown
+    assert "Latency by stage: another machine with a long name, 96 cores, float32" in shown
+    for row in report["rows"]:
+        if row["kind"] == "model":
+            assert sum(row["impl"] in line and render.seconds(row["seconds"]) in line for line in lines) >= 2
+    for system in report["flops"]["systems"]["512"]:
+        assert any(system["name"] in line and render.times(system["flops_ratio"], 4) in line for line in lines)
+    assert ("10% to 90%" in shown) == (columns == 140)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------------
@@ -340,6 +390,14 @@ def test_report_from_rows(tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [row["seconds"] for row in found["rows"]] == [2.0]
     assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
+
+
+def test_what_the_smallest_report_leaves_out_is_said(report):
+    about = {title: about for title, _, _, about in render.tables(report)}
+    assert "under torch.compile" not in about["Latency by stage"]
+    more = [{**row, "impl": stages.RELEASE_COMPILED} for row in report["rows"] if row["kind"] == "model" and row["name"] == "encode"]
+    about = {title: about for title, _, _, about in render.tables({**report, "rows": report["rows"] + more})}
+    assert "The rollout is not measured under torch.compile" in about["Latency by stage"]
 
 
 def test_a_wrong_value_makes_the_command_fail(tmp_path, monkeypatch):
@@ -357,6 +415,28 @@ def test_bad_arguments(tmp_path):
         run.main("tiny", "tpu", tmp_path)
     with pytest.raises(FileNotFoundError):
         run.main(source=tmp_path / "nothing", out=tmp_path)
+
+
+def test_the_remaining_time_is_known_from_the_start():
+    now = [0.0]
+    tasks = [collect.Task(str(weight), weight, list) for weight in (10, 20, 30)]
+    left = run._Remaining(tasks, lambda: now[0])
+    assert left() == 60
+    now[0] = 4.0
+    assert left() == 56
+    now[0] = 30.0  # the first task took three times its estimate
+    left.advance()
+    assert left() == pytest.approx(2 * 50)
+    now[0] = 1000.0  # and a task that overruns does not make it negative
+    assert left() == pytest.approx(2 * 30)
+    left.advance()
+    left.advance()
+    assert left() == 0
+
+
+def test_progress_is_shown(capsys):
+    found = run._with_progress([collect.Task("encode", 1, lambda: [_row()]), collect.Task("decode", 2, list)])
+    assert found.rows == [_row()]
 
 
 def test_the_plan_names_every_part():

@@ -68,7 +68,13 @@ def _cuda_sample(call: Call, flush: _Flush) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Call], device: torch.device | str = "cpu", *, budget: float = 2.0, least: int = 3, most: int = 200
+    calls: Mapping[str, Call],
+    device: torch.device | str = "cpu",
+    *,
+    budget: float = 2.0,
+    least: int = 3,
+    most: int = 200,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
     """Times several calls in turn, so that whatever the machine does in between hits all of them alike.
 
@@ -78,18 +84,21 @@ def interleaved(
         budget: seconds for all of it, after the first calls.
         least, most: rounds. The order turns by one from round to round. The budget is exceeded to reach ``least`` rounds, unless
             a single round takes longer than the budget: then one must do.
+        known: seconds of calls that were made before and need no first call here.
     """
     device = torch.device(device)
     samplers: dict[str, Call] = {}
     flush = _Flush(device) if device.type == "cuda" else None
     for name, call in calls.items():
-        begin = time.perf_counter()
-        call()
+        once = (known or {}).get(name)
+        if once is None:
+            begin = time.perf_counter()
+            call()
+            once = time.perf_counter() - begin
         if flush is not None:
             torch.cuda.synchronize(device)
             samplers[name] = lambda call=call: _cuda_sample(call, flush)
             continue
-        once = time.perf_counter() - begin
         if once < 10 * SHORTEST:  # the first call may have warmed something up
             once = _cpu_sample(call, 1)
         repeats = max(1, min(1000, round(SHORTEST / max(once, 1e-7))))

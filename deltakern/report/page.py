@@ -44,6 +44,7 @@ th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: left; vertical-align: to
 th { font-size: 0.88rem; color: var(--soft); font-weight: 600; }
 td:first-child { min-width: 9.5rem; }
 th.number, td.number { text-align: right; white-space: nowrap; }
+th.number { white-space: normal; }
 .verdict { padding: 0.7rem 1rem; background: var(--panel); border-left: 4px solid #10b981; max-width: 50rem; }
 .verdict.bad { border-color: #ef4444; }
 .row { display: grid; gap: 0.5rem; margin: 0.35rem 0 0.7rem; align-items: start; }
@@ -61,9 +62,10 @@ svg { display: block; width: 100%; height: auto; color: var(--ink); }
   h1 { font-size: 1.4rem; }
   .row { gap: 0.25rem; }
   .row.many { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
-  th, td { padding-right: 0.6rem; }
-  th, th.number { white-space: normal; font-size: 0.8rem; }
-  td:first-child { min-width: 8rem; }
+  th, td { padding-right: 0.45rem; }
+  th, th.number { white-space: normal; font-size: 0.75rem; }
+  td { font-size: 0.78rem; }
+  td:first-child { min-width: 6rem; }
   figcaption, .label, table { font-size: 0.8rem; }
 }
 """

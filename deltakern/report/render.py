@@ -91,6 +91,8 @@ def build(
             "pieces": {str(size): flops.pieces(size, size) for size in FRAME_SIZES},
             "parameters": flops.parameters(),
             "systems": {str(size): [asdict(s) for s in flops.systems(size)] for size in FRAME_SIZES},
+            "claims": flops.claims(),
+            "dinoworld_attention": {str(size): flops.CROPS * flops.dinoworld_attention(size, size) for size in FRAME_SIZES},
         }
     return {
         "schema": SCHEMA,
@@ -177,13 +179,25 @@ def _systems(report: dict[str, Any]) -> list[Table]:
                     times(s["flops_ratio"], 4),
                 ]
             )
-        header = ["system", "tokens a frame", "ratio", "parameters", "ratio", "GFLOP, computed", "GFLOP, paper", "ratio"]
+        header = ["system", "tokens a frame", "tokens, ratio", "parameters", "parameters, ratio", "GFLOP, computed", "GFLOP, paper"]
+        header += ["FLOPs, ratio"]
         about = (
             "Forecast of 3 frames from 4, two square crops; ratios are to DeltaWorld. DeltaWorld: 20 samples, each decoded at every step."
         )
         if any(s["published"] for s in systems):
+            found = report["flops"]["claims"]
+            most = number(found["FLOPs, Cosmos-12B"], 1)
             about += (
                 " Cosmos: as published (arXiv 2604.04913), tokenizer and prefill not counted, parameters without the 7B diffusion decoder."
+                f" So the project page's {times(found['tokens a frame, DINO-world'], 4)} fewer tokens,"
+                f" {int(found['parameters, Cosmos-12B'])}x fewer parameters and {most}x fewer FLOPs."
+            )
+        dense = next((s for s in systems if s["name"] == "DINO-world" and s["paper_gflop"]), None)
+        if dense is not None:
+            twice = dense["gflop"] + report["flops"]["dinoworld_attention"][size] / 1e9
+            about += (
+                f" DINO-world: the paper's {number(dense['paper_gflop'], 3)} is not reached by any reading of the model;"
+                f" with the predictor's attention counted twice it would be {number(twice, 4)}."
             )
         made.append((f"Systems at {size} x {size}", header, rows, about))
     return made
@@ -223,19 +237,23 @@ def _stage_latency(report: dict[str, Any]) -> list[Table]:
                     impl,
                     dtype,
                     seconds(row["seconds"]),
+                    times(ours),
                     f"{seconds(row['low'])} to {seconds(row['high'])}",
                     str(row["rounds"]),
-                    times(ours),
                     rate(row["figures"]["flops"] / row["seconds"], "FLOP/s"),
                     ", ".join(extra),
                 ]
             )
-    header = [*(["device"] if several else []), "stage", "implementation", "dtype", "median", "10% to 90%", "rounds"]
-    header += ["against release (eager)", "rate", "launches"]
+    header = [*(["device"] if several else []), "stage", "implementation", "dtype", "median"]
+    header += ["against release (eager)", "10% to 90%", "rounds", "rate", "launches"]
     about = (
         "Implementations take turns in one run, batch of one clip. The rate counts the FLOPs that the implementation itself has to do, "
         "so work left out is not in it. A training step is forward, backward, clipping and AdamW."
     )
+    measured = {(row["name"], row["impl"]) for row in _of(report, "model") if row["seconds"] is not None}
+    compiled = {name for name, impl in measured if impl == stages.RELEASE_COMPILED}
+    if compiled and "rollout" not in compiled and ("rollout", stages.RELEASE) in measured:
+        about += " The rollout is not measured under torch.compile with this preset on a CPU; its parts are."
     return [("Latency by stage", header, _once(rows, 2 if several else 1), about)]
 
 
@@ -278,15 +296,15 @@ def _op_latency(report: dict[str, Any]) -> list[Table]:
                     impl,
                     dtype,
                     seconds(row["seconds"]),
+                    times(base / row["seconds"]) if base and impl != "reference" else "",
+                    share,
                     f"{seconds(row['low'])} to {seconds(row['high'])}",
                     "" if speed is None else rate(speed, "B/s"),
-                    share,
-                    times(base / row["seconds"]) if base and impl != "reference" else "",
                     "" if sizes.get("scale", 1) == 1 else number(sizes["scale"]),
                 ]
             )
-    header = [*(["device"] if several else []), "op and case", "pass", "implementation", "dtype", "median", "10% to 90%", "bandwidth"]
-    header += ["of copy", "against reference", "scale"]
+    header = [*(["device"] if several else []), "op and case", "pass", "implementation", "dtype", "median"]
+    header += ["against reference", "of copy", "10% to 90%", "bandwidth", "scale"]
     about = (
         "Bandwidth counts every input and output once; what fits a cache may pass copy. A case is shrunk by the scale where the "
         "machine is small. Every implementation was held to float64 before it was timed; a wrong one has no row."
@@ -364,21 +382,68 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+LEAST = ("parameters, ratio", "tokens, ratio", "rounds", "scale", "launches", "10% to 90%", "rate", "plain PyTorch's", "bandwidth")
+"""Columns that a narrow terminal does without, the first ones first; files have them all."""
+FIRST = 20  # characters that a first column may be narrowed to
+
+
+def _by_device(table: Table) -> list[tuple[str, Table]]:
+    """A table taken apart: one for each device, and what is the same in all its rows in its title. What it says of itself comes last."""
+    title, header, rows, about = table
+    groups: dict[str, list[list[str]]] = {}
+    if header[0] == "device":
+        device = ""
+        for row in rows:
+            device = row[0] or device
+            groups.setdefault(device, []).append(row[1:])
+        header = header[1:]
+    else:
+        groups[""] = rows
+    made = []
+    for device, lines in groups.items():
+        same = [i for i, name in enumerate(header) if name in ("dtype", "pass") and len({line[i] for line in lines} - {""}) == 1]
+        named = ", ".join(filter(None, [device, *(lines[0][i] for i in same)]))
+        kept = [i for i in range(len(header)) if i not in same]
+        last = about if len(made) == len(groups) - 1 else ""
+        cells = [[line[i] for i in kept] for line in lines]
+        made.append((device, (f"{title}: {named}" if named else title, [header[i] for i in kept], cells, last)))
+    return made
+
+
+def _narrowed(header: list[str], rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
+    """Without the columns that matter least, as many as it takes for the rest to be read; titles are broken where they are wide."""
+    widths = [max(len(cell) for cell in [*name.split(), *(row[i] for row in rows)]) for i, name in enumerate(header)]
+
+    def needed(kept: Sequence[int]) -> int:
+        return min(widths[0], FIRST) + sum(widths[i] for i in kept[1:]) + 3 * len(kept)
+
+    kept = list(range(len(header)))
+    for name in LEAST:
+        for i in [i for i in kept if header[i] == name]:
+            if needed(kept) > width:
+                kept.remove(i)
+    titles = ["\n".join(textwrap.wrap(header[i], max(widths[i], 9))) for i in kept]
+    return titles, [[row[i] for i in kept] for row in rows]
+
+
 def print_tables(report: dict[str, Any]) -> None:
-    """The report in the terminal."""
-    rich_console, rich_table = (require(f"rich.{m}", "report", "printing tables") for m in ("console", "table"))
+    """The report in the terminal, in as many columns as it has room for."""
+    rich_console, rich_table, rich_box = (require(f"rich.{m}", "report", "printing tables") for m in ("console", "table", "box"))
     console = rich_console.Console()
-    for title, header, rows, about in tables(report):
-        shown = rich_table.Table(title=title, title_justify="left", caption=about, caption_justify="left", header_style="bold")
+    for title, header, rows, about in (part for table in tables(report) for _, part in _by_device(table)):
+        header, rows = _narrowed(header, rows, console.width)
+        style = {"title_justify": "left", "caption_justify": "left", "header_style": "bold", "box": rich_box.SIMPLE_HEAD, "pad_edge": False}
+        shown = rich_table.Table(title=title, caption=about or None, **style)
         for i, column in enumerate(header):
             numeric = i in _numbers(header, rows)
-            shown.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0 and len(header) < 9)
+            wraps = i == 0 or column == "launches"
+            shown.add_column(column, justify="right" if numeric else "left", no_wrap=not wraps, overflow="fold")
         for row in rows:
             shown.add_row(*row)
         console.print(shown)
         console.print()
     for note in report["notes"]:
-        console.print(f"[yellow]{note}[/yellow]", markup=True)
+        console.print(note, style="yellow", markup=False)
 
 
 # --- charts --------------------------------------------------------------------------------------------------------------------
@@ -550,9 +615,9 @@ def _roofline(report: dict[str, Any], device: str) -> list[page.Html]:
         axes.plot([low, knee, high], [low * ceilings["copy"], ceilings["gemm"], ceilings["gemm"]], color="#ef4444", linewidth=1.2)
         axes.annotate(
             f"copy {rate(ceilings['copy'], 'B/s')}",
-            (low * 1.2, low * 1.2 * ceilings["copy"]),
+            (low * 2, low * 2 * ceilings["copy"]),
             fontsize=7,
-            xytext=(0, 6),
+            xytext=(7, -7),
             textcoords="offset points",
         )
         axes.annotate(
@@ -592,15 +657,13 @@ def html_page(report: dict[str, Any]) -> page.Page:
     made = page.Page("deltakern report", f"{report['made']} · preset {report['preset']} · {_machine(report)}")
     for note in report["notes"]:
         made.add(page.paragraph(note, "verdict bad"))
-    found = {title: (header, rows, about) for title, header, rows, about in tables(report)}
+    found = {table[0]: table for table in tables(report)}
 
-    def shown(title: str) -> list[page.Html]:
-        if title not in found:
-            return []
-        header, rows, about = found[title]
-        return [page.table(header, rows, caption=about, numbers=_numbers(header, rows))]
+    def shown(table: Table) -> list[page.Html]:
+        _, header, rows, about = table
+        drawn = [page.table(header, rows, numbers=_numbers(header, rows))]
+        return [*drawn, page.paragraph(about, "soft")] if about else drawn  # beside the table, which may scroll sideways
 
-    several = _several(report)
     charts = {
         "Latency by stage": _latency_charts,
         "Peak memory by stage": _memory_charts,
@@ -608,20 +671,20 @@ def html_page(report: dict[str, Any]) -> page.Page:
         "Error against float64": _accuracy_charts,
     }
     for size in report["flops"].get("systems", {}):
-        made.section(f"Systems at {size} x {size}", *shown(f"Systems at {size} x {size}"))
+        title = f"Systems at {size} x {size}"
+        made.section(title, *shown(found[title]))
     if report["flops"]:
         made.add(page.charts(*_systems_charts(report)))
         title = "FLOPs of the released models, in closed form"
-        made.section(title, *shown(title))
+        made.section(title, *shown(found[title]))
     for title, draw in charts.items():
         if title not in found:
             continue
         made.section(title)
-        for device in _devices(report):
-            drawn = draw(report, device)
-            if drawn:
-                made.add(*([page.paragraph(device, "label")] if several else []), page.charts(*drawn))
-        made.add(*shown(title))
+        for device, table in _by_device(found[title]):
+            drawn = draw(report, device or _devices(report)[0])
+            named = table[0].partition(": ")[2]
+            made.add(*([page.paragraph(named, "label")] if named else []), *([page.charts(*drawn)] if drawn else []), *shown(table))
     return made
 
 

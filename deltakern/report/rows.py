@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -66,12 +67,29 @@ def _output(*command: str) -> str:
     return found.stdout.strip()
 
 
+def processor(cpuinfo: str) -> str:
+    """The processor's name out of the text of /proc/cpuinfo, with family and model where the name alone has no number in it.
+
+    A virtual machine may say no more than "AMD EPYC" or "Intel(R) Xeon(R) Processor".
+    """
+    found: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = " ".join(re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b", "", found.get("model name", "")).split())
+    if not name:
+        return platform.processor() or platform.machine()
+    if re.search(r"\d", name) or not found.get("cpu family"):
+        return name
+    return f"{name} family {found['cpu family']} model {found.get('model', '?')}"
+
+
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        text = ""
+    return processor(text)
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -157,10 +175,17 @@ def _lines(files: Iterable[Path]) -> Iterator[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each measurement on each device: what a table shows."""
-    found: dict[Any, Row] = {}
-    for row in rows:
-        key = (row.kind, row.name, row.case, row.impl, row.dtype, json.dumps(row.shape, sort_keys=True), row.where.get("device"))
-        found.pop(key, None)
-        found[key] = row
-    return list(found.values())
+    """What a table shows: of each measurement on each device the rows of its last commit, of each implementation the last of them.
+
+    Implementations are compared within a run, so what was measured at an older commit is not put beside what is newer.
+    """
+    newest: dict[Any, dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row.where.get("when", "")):  # stable: in a file later lines are later
+        shape = json.dumps(row.shape, sort_keys=True)
+        measured = (row.kind, row.name, row.case, row.dtype, shape, row.where.get("device"))
+        group = newest.pop(measured, {})
+        if any(other.where.get("commit") != row.where.get("commit") for other in group.values()):
+            group = {}
+        group.pop(row.impl, None)
+        newest[measured] = {**group, row.impl: row}
+    return [row for group in newest.values() for row in group.values()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,50 @@ def measure(preset: str, device: str, parts: Sequence[str], *, progress: bool = 
     return render.build(found.rows, preset=preset, parts=parts, notes=[*notes, *found.notes], where=where)
 
 
+class _Remaining:
+    """Seconds that are left: the tasks' own estimates, stretched by how long those done took against theirs."""
+
+    def __init__(self, tasks: Sequence[collect.Task], clock: Callable[[], float] = time.monotonic) -> None:
+        self.weights, self.clock = [task.weight for task in tasks], clock
+        self.done, self.begin = 0, clock()
+        self.since = self.begin
+
+    def advance(self) -> None:
+        self.done, self.since = self.done + 1, self.clock()
+
+    def __call__(self) -> float:
+        known = sum(self.weights[: self.done])
+        # the estimates count as some seconds' evidence, so that one short first task says little
+        pace = (self.since - self.begin + 10) / (known + 10)
+        current = self.weights[self.done] * pace if self.done < len(self.weights) else 0.0
+        return max(current - (self.clock() - self.since), 0.0) + pace * sum(self.weights[self.done + 1 :])
+
+
 def _with_progress(tasks: Sequence[collect.Task]) -> collect.Collection:
-    bars = require("rich.progress", "report", "showing progress")
+    bars, text = (require(f"rich.{m}", "report", "showing progress") for m in ("progress", "text"))
+    remaining = _Remaining(tasks)
+
+    class Left(bars.ProgressColumn):
+        def render(self, task: object) -> object:
+            minutes, seconds = divmod(round(remaining()), 60)
+            return text.Text(f"about {minutes}:{seconds:02} left", style="progress.remaining")
+
     columns = (
-        bars.TextColumn("{task.description:<40.40}"),
-        bars.BarColumn(),
+        bars.TextColumn("{task.description:<32.32}"),
+        bars.BarColumn(bar_width=None),
         bars.TaskProgressColumn(),
         bars.TimeElapsedColumn(),
-        bars.TextColumn("left"),
-        bars.TimeRemainingColumn(),
+        Left(),
     )
-    with bars.Progress(*columns, transient=True) as shown:
+    with bars.Progress(*columns, transient=True, refresh_per_second=2) as shown:
         bar = shown.add_task(tasks[0].label, total=sum(task.weight for task in tasks))
         labels = iter([task.label for task in tasks[1:]] + ["done"])
-        return collect.collect(tasks, lambda task: shown.update(bar, advance=task.weight, description=next(labels)))
+
+        def done(task: collect.Task) -> None:
+            remaining.advance()
+            shown.update(bar, advance=task.weight, description=next(labels))
+
+        return collect.collect(tasks, done)
 
 
 def main(

@@ -306,8 +306,10 @@ class Models:
                 return smooth(prediction.float(), target.float()).mean()
 
         def search(world: Any) -> torch.Tensor:
+            """The winners' losses: where two candidates are as good but for rounding, either may win, with another prediction."""
             criterion = elementwise if is_release(world) else smooth
-            return world.train_on_tokens(self.tokens, times, criterion, queries=self.candidates)[0]
+            prediction, target = world.train_on_tokens(self.tokens, times, criterion, queries=self.candidates)[:2]
+            return smooth(prediction.float(), target.float()).mean(-1)
 
         searched = flops.candidates(sizes, frames=preset.clip, count=preset.candidates) + flops.predictor(
             preset.clip - 1, preset.clip - 1, sizes
