@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import os
 import pickle
@@ -12,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import golden
+import graph_tape
 import pytest
 import small
 import torch
@@ -140,8 +142,8 @@ def test_sharing_the_first_block_is_exact(options):
 
 
 @pytest.mark.parametrize("variant", golden.VARIANTS)
-def test_golden_rollouts_through_every_path(variant):
-    """Released-style steps, cached, sampled and decoded in portions, streamed: the released code's features."""
+def test_golden_rollouts_through_every_path(variant, monkeypatch):
+    """Released-style steps, cached, sampled and decoded in portions, streamed, captured: the released code's features."""
     tensors, known = golden.load("deltaworld", variant), golden.meta("deltaworld_rollout")
     context, horizon = known["ctx_len"], known["horizon"]
     queries = torch.cat([tensors[f"rollout.query{t}"] for t in range(horizon)], 2)
@@ -160,6 +162,10 @@ def test_golden_rollouts_through_every_path(variant):
             stream.push(frames[clip, t], times[clip, t])
         streamed.append(stream.rollout(times[clip, context:], truth.shape[1], queries=queries[clip : clip + 1]).features)
     paths["streamed"] = torch.cat(streamed)
+    tapes = graph_tape.install(monkeypatch)
+    for _ in range(2):  # captured, replayed
+        paths["captured"] = world.rollout(frames[:, :context], times, horizon, truth.shape[1], queries=queries).features
+    assert tapes.captures == 1
     for name, features in paths.items():
         assert relative_rmse(features, truth) < 1e-5, name
         assert (features - truth).abs().max() <= 1e-5 * truth.abs().max(), name
@@ -229,52 +235,102 @@ def test_samples_follow_the_weights_and_copies_stay_apart():
     assert not [k for k in model.state_dict() if "packed" in k or "graph" in k]
 
 
-class _Recorder:
-    """In the place of a captured graph: counts captures, runs plainly."""
-
-    captured = 0
-
-    def __init__(self, world, inputs):
-        type(self).captured += 1
-        self.world, self.is_valid = world, True
-
-    def valid(self):
-        return self.is_valid
-
-    def __call__(self, inputs):
-        return sampling._steps(self.world, *inputs)
-
-
 def test_graphs_are_captured_once_for_each_shape_until_weights_change(monkeypatch):
-    monkeypatch.setattr(sampling, "_Graph", _Recorder)
-    monkeypatch.setattr(_Recorder, "captured", 0)
-    model, graphs = small.world().eval(), sampling.Graphs()
+    tapes, model = graph_tape.install(monkeypatch), small.world().eval()
+    z, times = torch.ones(1, 2, 64), torch.arange(4.0)[None]
 
-    @torch.no_grad()
-    def run(samples, horizon=1):
-        keys = model.predictor.project(torch.ones(1, 2, 64))
-        return graphs.run(model, (keys[0], keys[1], torch.ones(1, horizon), torch.ones(1, samples, horizon, 64)))
+    def run(samples, horizon=1, seed=1):
+        times_now = times[:, : 2 + horizon]
+        found = model.sample(z, times_now, horizon, samples, seed=seed)
+        torch.testing.assert_close(found, model.sample(z, times_now, horizon, samples, seed=seed, cuda_graph=False), rtol=1e-5, atol=1e-6)
+        return found
 
     first = run(3)
     assert torch.equal(run(3), first)
-    assert _Recorder.captured == 1
+    assert not torch.allclose(run(3, seed=2), first)
+    assert torch.equal(run(3), first)
+    assert tapes.captures == 1
     run(4)
     run(3, horizon=2)
     run(3)
-    assert _Recorder.captured == 3
+    assert tapes.captures == 3
     with torch.no_grad():
         model.predictor.head.bias.add_(1)
     assert not torch.allclose(run(3), first)
-    assert _Recorder.captured == 4
+    assert tapes.captures == 4
+    graphs = model._graphs
     for samples in range(10, 10 + sampling.GRAPHS_KEPT):
         run(samples)
     assert len(graphs._kept) == sampling.GRAPHS_KEPT
-    captured = _Recorder.captured
+    captured = tapes.captures
     run(3)  # the oldest was dropped
-    assert _Recorder.captured == captured + 1
-    next(reversed(graphs._kept.values())).is_valid = False
+    assert tapes.captures == captured + 1
+    model.predictor.blocks[0].mlp.up_proj.weight.data.mul_(2)  # what version counters do not see, with what the docstring asks for
+    forget_packed(model)
     run(3)
-    assert _Recorder.captured == captured + 2
+    assert tapes.captures == captured + 2
+    model.train()  # other packed weights, the same values
+    model.eval()
+    run(3)
+    assert tapes.captures == captured + 3
+
+
+def test_graphs_do_not_mix_modes(monkeypatch):
+    """Captured in inference mode and used outside of it, and the other way round; under autocast another graph."""
+    tapes, model = graph_tape.install(monkeypatch), small.world().eval()
+    z, times = torch.ones(1, 2, 64), torch.arange(4.0)[None]
+    for first, second in ((torch.inference_mode, torch.no_grad), (torch.enable_grad, torch.inference_mode)):
+        model._graphs = sampling.Graphs()
+        with first():
+            one = model.sample(z, times, 2, 3, seed=1)
+        with second():
+            other = model.sample(z, times, 2, 3, seed=1)
+            plain = model.sample(z, times, 2, 3, seed=1, cuda_graph=False)
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, plain, rtol=1e-5, atol=1e-6)
+        assert not one.requires_grad
+    assert tapes.captures == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.sample(z, times, 2, 3, seed=1)
+        assert torch.is_autocast_cache_enabled()
+        assert relative_rmse(half, model.sample(z, times, 2, 3, seed=1, cuda_graph=False)) < 0.01
+    assert 0 < relative_rmse(half, one) < 0.05
+    assert tapes.captures == 3
+    assert torch.equal(model.sample(z, times, 2, 3, seed=1), one)
+
+
+def test_threads_that_sample_at_once_do_not_mix(monkeypatch):
+    graph_tape.install(monkeypatch)
+    model = small.world().eval()
+    z, times = torch.randn(8, 1, 2, 64), torch.arange(4.0)[None]
+    expected = [model.sample(z[i], times, 2, 3, seed=i, cuda_graph=False) for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: model.sample(z[i % 8], times, 2, 3, seed=i % 8), range(32)))
+    for i, tokens in enumerate(found):
+        torch.testing.assert_close(tokens, expected[i % 8], rtol=1e-5, atol=1e-6)
+
+
+def test_a_capture_that_fails_says_how_to_go_without(monkeypatch):
+    graph_tape.install(monkeypatch)
+    model = small.world().eval()
+    steps, calls = sampling._steps, []
+
+    def waits(*args):
+        calls.append(0)
+        tokens = steps(*args)
+        return tokens * tokens.sum().item() if len(calls) == 2 else tokens
+
+    monkeypatch.setattr(sampling, "_steps", waits)
+    with _bad("could not be captured as a CUDA graph; cuda_graph=False", RuntimeError):
+        model.sample(torch.ones(1, 2, 64), torch.arange(3.0)[None], 1, 3, seed=1)
+
+
+def test_only_a_gpu_that_is_not_capturing_captures(monkeypatch):
+    assert not sampling.captures(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert sampling.captures(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not sampling.captures(torch.device("cuda"))
 
 
 @pytest.mark.gpu
@@ -291,6 +347,20 @@ def test_a_captured_graph_computes_what_the_launches_do():
         forget_packed(model)
         assert torch.equal(model.sample(z, times, HORIZON, 20, seed=1), plain)
     assert torch.equal(model.sample(z, times, HORIZON, 20, seed=2), model.sample(z, times, HORIZON, 20, seed=2, cuda_graph=False))
+    with torch.inference_mode():
+        assert torch.equal(model.sample(z, times, HORIZON, 20, seed=1), plain)
+        other = model.sample(z, times, HORIZON, 21, seed=1)
+    assert torch.equal(model.sample(z, times, HORIZON, 21, seed=1), other)
+    with torch.autocast("cuda", torch.bfloat16):
+        plain = model.sample(z, times, HORIZON, 20, seed=1, cuda_graph=False)
+        assert torch.equal(model.sample(z, times, HORIZON, 20, seed=1), plain)
+    assert torch.equal(model.sample(z, times, HORIZON, 20, seed=1), model.sample(z, times, HORIZON, 20, seed=1))
+    ours = torch.cuda.Stream()
+    ours.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(ours):
+        apart = model.sample(z, times, HORIZON, 21, seed=1)
+    torch.cuda.current_stream().wait_stream(ours)
+    assert torch.equal(apart, other)
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ def later(times: torch.Tensor, count: int, horizon: int = 2) -> torch.Tensor:
 def test_tokens_and_samples_are_those_of_the_batch_path(example):
     model, frames, times, tokens = example
     queries = torch.randn(1, 3, 2, 64, dtype=torch.float64)
-    stream = model.stream(4)
+    stream = model.stream(4, first="previous")
     for i, frame in enumerate(frames):
         pushed = stream.push(frame if i % 2 else frame[None], times[i])
         assert relative_rmse(pushed, tokens[:, i]) < 1e-12
@@ -52,11 +52,11 @@ def test_tokens_and_samples_are_those_of_the_batch_path(example):
 
 
 @pytest.mark.parametrize("context", [1, 3, 7])
-def test_first_frame_against_black_is_the_batch_rollout_of_the_window(example, context):
-    model, frames, times, _ = example
-    stream = model.stream(context, first="black")
+def test_futures_are_those_of_the_batch_rollout_of_the_window(example, context):
+    model, frames, times, tokens = example
+    stream = model.stream(context)
     for i, frame in enumerate(frames):
-        stream.push(frame, times[i])
+        assert relative_rmse(stream.push(frame, times[i]), tokens[:, i]) < 1e-12
         count = i + 1
         window = slice(max(0, count - context), count)
         future = later(times, count)
@@ -136,7 +136,7 @@ def test_ten_thousand_frames_in_constant_memory(one_thread):
     torch.testing.assert_close(streamed, batch, rtol=1e-4, atol=1e-5)
     assert held[0] == held[1] == held[2]
     kept = [t for group in (stream._features, stream._tokens, stream._projected) for t in group]
-    assert len(kept) == 1 + 4 + 4
+    assert len(kept) == 4 + 4 + 4
     assert sum(t.untyped_storage().nbytes() for t in kept) < 8192
 
 

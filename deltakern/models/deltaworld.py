@@ -70,9 +70,6 @@ class DeltaWorld(World):
         self.predictor = self._make_predictor()
         self._graphs = sampling.Graphs()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": sampling.Graphs()}
-
     def train(self, mode: bool = True) -> DeltaWorld:
         """Sets the predictor's mode; backbone and tokenizer stay in evaluation mode."""
         super().train(mode)
@@ -362,6 +359,6 @@ class DeltaWorld(World):
             features = self.decode(tokens, last, what, size=size, memory_budget=memory_budget)
         return Futures(tokens, features, times, indices, context, last, size)
 
-    def stream(self, context: int = 4, *, first: str = "previous", cuda_graph: bool = True) -> Stream:
+    def stream(self, context: int = 4, *, first: str = "black", cuda_graph: bool = True) -> Stream:
         """Frames one at a time, as a camera gives them; futures at any moment. See :class:`deltakern.models.Stream`."""
         return Stream(self, context, first=first, cuda_graph=cuda_graph)

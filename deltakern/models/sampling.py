@@ -11,6 +11,7 @@ product's rounding depends on its number of rows, and no further.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ TRAINED_CONTEXT = 7
 """Tokens that a query of the released models has seen at most: they were trained on clips of 8 frames."""
 
 GRAPHS_KEPT = 8
+
+Stamp = tuple[list[int], list[int]]
 
 Which = str | int | Sequence[int] | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
@@ -106,10 +109,14 @@ class Weights:
     def __init__(self, module: nn.Module) -> None:
         self._groups = [m._parameters for m in module.modules() if m._parameters]
 
-    def stamp(self) -> tuple[tuple[int, int], ...]:
+    def stamp(self) -> Stamp:
         """What changes when a parameter does."""
-        every = (p for group in self._groups for p in group.values() if p is not None)
-        return tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in every)
+        every = [p for group in self._groups for p in group.values() if p is not None]
+        try:
+            versions = [p._version for p in every]
+        except RuntimeError:  # inference tensors count none
+            versions = [-1 if p.is_inference() else p._version for p in every]
+        return versions, [p.data_ptr() for p in every]
 
 
 def portions(clips: int, samples: int, at_once: int) -> Iterator[tuple[range, range]]:
@@ -195,19 +202,29 @@ def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: t
 
 
 class _Graph:
-    """``_steps`` for fixed shapes as one CUDA graph, with buffers of its own for inputs and result."""
+    """``_steps`` for fixed shapes as one CUDA graph, with buffers of its own for inputs and result.
 
-    def __init__(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> None:
-        self.inputs = [t.clone() for t in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels and packs weights, neither of which can be captured
-            for _ in range(2):
-                _steps(world, *self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.tokens = _steps(world, *self.inputs)
+    What a replay relies on, and how it is seen to: kernels are compiled, libraries set up and weights packed before the capture,
+    by running the steps; nothing that is made then is an inference tensor, which could not be written to outside of inference
+    mode, or comes from autocast's cache, which is emptied behind the graph's back; all happens on the inputs' device, whichever
+    is current; other threads may go on using the GPU, though not capture.
+    """
+
+    _capturing = threading.Lock()
+
+    def __init__(self, world: DeltaWorld, inputs: Sequence[torch.Tensor], pool: Any, stream: torch.cuda.Stream) -> None:
+        device = inputs[0].device
+        kind = device.type
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
+        with self._capturing, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), autocast:
+            self.inputs = [t.clone() for t in inputs]
+            _steps(world, *self.inputs)
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    self.tokens = _steps(world, *self.inputs)
+            except RuntimeError as problem:
+                raise RuntimeError("the steps could not be captured as a CUDA graph; cuda_graph=False launches them one by one") from problem
         # The graph reads packed weights by address: they must live as long as it does, and it is void once they are replaced
         self.packed = [(m, dict(m._packed)) for m in world.predictor.modules() if isinstance(m, PackedModule)]
 
@@ -222,30 +239,58 @@ class _Graph:
 
 
 class Graphs:
-    """The captured graphs of one world, the latest :data:`GRAPHS_KEPT`, by shapes; all dropped when weights change."""
+    """The captured graphs of one world, the latest :data:`GRAPHS_KEPT`, by shapes; all dropped when weights change.
+
+    They share one pool of memory, as nothing of a replay outlives the call but its result, which is copied. So calls take
+    turns: on the host by a lock, on the GPU by an event, whatever streams they come from. Copies and pickles begin empty.
+    """
 
     def __init__(self) -> None:
         self._of: tuple[nn.Module, Weights] | None = None
-        self._stamp: tuple[tuple[int, int], ...] | None = None
+        self._stamp: Stamp | None = None
         self._kept: OrderedDict[Any, _Graph] = OrderedDict()
+        self._memory: tuple[Any, torch.cuda.Stream] | None = None
+        self._done: torch.cuda.Event | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, ()
 
     def run(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """``_steps`` of the inputs, captured at the first call with their shapes and replayed from then on."""
+        with self._lock:
+            self._forget_old(world)
+            device = inputs[0].device
+            dtype = compute_dtype(device.type, world.predictor.head.weight.dtype)
+            key = (dtype, torch.get_float32_matmul_precision(), *((tuple(t.shape), t.dtype, t.device) for t in inputs))
+            stream = torch.cuda.current_stream(device)
+            if self._done is not None:
+                stream.wait_event(self._done)
+            graph = self._kept.pop(key, None)
+            if graph is None or not graph.valid():
+                if not self._kept or self._memory is None:  # a pool ends with the last graph in it
+                    self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+                graph = _Graph(world, inputs, *self._memory)
+            self._kept[key] = graph
+            while len(self._kept) > GRAPHS_KEPT:
+                self._kept.popitem(last=False)
+            tokens = graph(inputs)
+            self._done = stream.record_event()
+            return tokens
+
+    def _forget_old(self, world: DeltaWorld) -> None:
+        """Drops the graphs of another predictor or of other weights."""
         if self._of is None or self._of[0] is not world.predictor:
             self._of = world.predictor, Weights(world.predictor)
         now = self._of[1].stamp()
         if now != self._stamp:
             self._stamp = now
             self._kept.clear()
-        dtype = compute_dtype("cuda", world.predictor.head.weight.dtype)
-        key = (dtype, *((tuple(t.shape), t.dtype, t.device) for t in inputs))
-        graph = self._kept.pop(key, None)
-        if graph is None or not graph.valid():
-            graph = _Graph(world, inputs)
-        self._kept[key] = graph
-        while len(self._kept) > GRAPHS_KEPT:
-            self._kept.popitem(last=False)
-        return graph(inputs)
+
+
+def captures(device: torch.device) -> bool:
+    """Whether steps on this device can be captured here and now: on a GPU, outside of other captures and of torch.compile."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
 def _sample_bytes(world: DeltaWorld, memory: torch.Tensor, horizon: int) -> int:
@@ -283,10 +328,11 @@ def sample(
     batch, horizon = times.shape
     tokens = like.new_empty((batch, num_samples, horizon, world.predictor.head.out_features))
     at_once = memory_budget // _sample_bytes(world, memory, horizon)
+    captured = cuda_graph and captures(memory.device)
     for clips, samples in portions(batch, num_samples, at_once):
         some = _slice(clips)
         inputs = (keys[:, some], values[:, some], times[some], plan(clips, samples))
-        done = world._graphs.run(world, inputs) if cuda_graph and memory.is_cuda else _steps(world, *inputs)
+        done = world._graphs.run(world, inputs) if captured else _steps(world, *inputs)
         tokens[some, _slice(samples)] = done
     return tokens
 

@@ -14,7 +14,7 @@ from deltakern.models.validate import check_frames, check_positive
 if TYPE_CHECKING:
     from deltakern.models.deltaworld import DeltaWorld
 
-FIRSTS = ("previous", "black")
+FIRSTS = ("black", "previous")
 
 
 class StaleCacheError(RuntimeError):
@@ -28,16 +28,18 @@ class Stream:
     window's tokens. Memory does not grow with the number of frames. Times are kept in float64 and rotated relative to the
     window's latest frame, so that hours of video lose no precision.
 
-    In training the first token of every clip encodes its frame against black and so carries the scene; later ones carry changes.
-    Once the window has rolled, ``first="previous"`` leaves its first token as it was made, a change against a frame that
-    is no longer there: cheapest, and what the tokens of the whole video are. ``first="black"`` encodes the window's first frame
-    against black again, as in training, which costs one more encode when sampling for the first time after a push, and
-    keeps the features of the window's frames.
+    The first token of every clip that the predictor was trained on, and of every context that the release evaluates, is its first
+    frame encoded against black: it alone carries the scene, the later ones carry changes. A window that has rolled begins with
+    a frame that was encoded against one that is no longer there. ``first="black"``, the default, encodes that frame against black
+    instead, so that futures are those of ``DeltaWorld.rollout`` of the window's frames: one more encode for the first sample after
+    a push (none for pushes that nobody samples after), and the features of the window's frames are kept. ``first="previous"``
+    leaves the token as it was made: cheaper, but a context such as the predictor never saw. What :meth:`push` returns is the same
+    with both: the tokens of the whole video.
 
     Args:
         world: in evaluation mode; its weights must not change while the stream holds what they made.
         context: frames in the window. More than 7 warns once, see ``DeltaWorld.sample``.
-        first: "previous" or "black".
+        first: "black" or "previous".
         cuda_graph: see ``DeltaWorld.sample``.
 
     Example::
@@ -48,7 +50,7 @@ class Stream:
             tokens = stream.sample([seconds + 0.2, seconds + 0.4], num_samples=64, seed=0)
     """
 
-    def __init__(self, world: DeltaWorld, context: int = 4, *, first: str = "previous", cuda_graph: bool = True) -> None:
+    def __init__(self, world: DeltaWorld, context: int = 4, *, first: str = "black", cuda_graph: bool = True) -> None:
         check_positive(context=context)
         if first not in FIRSTS:
             raise ValueError(f"first must be one of {FIRSTS}, got {first!r}")
@@ -59,7 +61,7 @@ class Stream:
     def reset(self) -> None:
         """Forgets all frames; needed before a new video and after weights changed."""
         self._weights = sampling.Weights(self.world)
-        self._stamp: tuple[tuple[int, int], ...] | None = None
+        self._stamp: sampling.Stamp | None = None
         self._count = 0
         self._size: tuple[int, int] | None = None
         self._features: list[torch.Tensor] = []  # (1,N,D) each: the last frame's, or the window's with first="black"

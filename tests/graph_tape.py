@@ -1,0 +1,90 @@
+"""CUDA graphs without CUDA: a capture writes down the operations that run, a replay runs them again on the same memory.
+
+Stands in for the parts of ``torch.cuda`` that a capture uses, on CPU tensors. As on a GPU, what the host computes during the
+capture is frozen into the tape, results appear where the capture left them, and an operation that makes the host wait for the
+device, brings data from the host or draws random numbers ends the capture with an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "lift_fresh", "normal_", "uniform_", "randn", "masked_select", "equal")
+
+
+class Stream:
+    def __init__(self, device: Any = None) -> None:
+        self.events = 0
+
+    def wait_event(self, event: Any) -> None:
+        assert event == "event"
+
+    def record_event(self) -> str:
+        self.events += 1
+        return "event"
+
+
+class CUDAGraph:
+    """The tape."""
+
+    captures = 0
+
+    def __init__(self) -> None:
+        self.tape: list[tuple[Any, tuple, dict, list[torch.Tensor]]] = []
+
+    def replay(self) -> None:
+        for op, args, kwargs, kept in self.tape:
+            made = [t for t in tree_leaves(op(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+            for old, new in zip(kept, made, strict=True):
+                if old.data_ptr() != new.data_ptr():  # else a view, or written in place
+                    old.copy_(new)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, tape: list) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket.__name__ in _FORBIDDEN:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {op}")
+        made = op(*args, **(kwargs or {}))
+        self.tape.append((op, args, kwargs or {}, [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]))
+        return made
+
+
+@contextlib.contextmanager
+def graph(made: CUDAGraph, *, pool: Any, stream: Stream, capture_error_mode: str):
+    assert pool is not None
+    assert not torch.is_inference_mode_enabled()
+    assert not torch.is_grad_enabled()
+    assert not torch.is_autocast_cache_enabled()
+    assert isinstance(stream, Stream)
+    assert capture_error_mode == "thread_local"
+    CUDAGraph.captures += 1
+    with _Recorder(made.tape):
+        yield
+
+
+def install(monkeypatch: Any) -> type[CUDAGraph]:
+    """Captures on the CPU until the test ends; returns the class, whose ``captures`` counts them."""
+    from deltakern.models import sampling
+
+    current = Stream()
+    monkeypatch.setattr(CUDAGraph, "captures", 0)
+    for name, made in (
+        ("CUDAGraph", CUDAGraph),
+        ("graph", graph),
+        ("Stream", Stream),
+        ("current_stream", lambda device=None: current),
+        ("graph_pool_handle", object),
+        ("device", lambda device: contextlib.nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, made)
+    monkeypatch.setattr(sampling, "captures", lambda device: True)
+    return CUDAGraph
