@@ -118,10 +118,15 @@ def test_stream(models, benchmark, capsys, request, preset, device):
     def sample():
         return stream.sample([now + 0.2 * (i + 1) for i in range(HORIZON)], models.noise.shape[1], queries=models.noise)
 
+    def both():
+        push()
+        return sample()
+
     with torch.no_grad(), models.precision():
-        for _ in range(CONTEXT):
+        for _ in range(CONTEXT + 1):
             push()
-        timed = latency.interleaved({"push": push, "sample": sample}, device, budget=2 * request.config.getoption("--budget"))
+        calls = {"push": push, "push and sample": both, "sample again": sample}
+        timed = latency.interleaved(calls, device, budget=len(calls) * request.config.getoption("--budget"))
         benchmark.pedantic(push, rounds=1, iterations=1)
     benchmark.extra_info.update({name: timing.seconds for name, timing in timed.items()})
     lines = [f"stream, {preset}, {device}: a window of {CONTEXT}, {models.noise.shape[1]} samples of {HORIZON} steps"]

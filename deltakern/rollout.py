@@ -13,6 +13,7 @@ import torch
 from deltakern._extras import require
 from deltakern.data.video import Clip, VideoError, read_clip
 from deltakern.models import DeltaTok, DeltaWorld, DINOv3, DINOv3Config, Futures, checkpoint
+from deltakern.models.dinov3 import DEFAULT_WEIGHTS
 from deltakern.models.heads import RGBHead, feature_map
 from deltakern.report import page as html
 
@@ -31,10 +32,10 @@ class Settings:
         start: seconds of the first context frame; gap: seconds from one frame to the next.
         size: shorter side of the frames in pixels.
         seed: of the futures; future i is the same for any number of samples.
-        dinov3, deltatok, deltaworld: weights, file or hub repository each.
+        dinov3, deltatok, deltaworld: weights, file or hub repository each; the released ones where None.
         rgb: an RGB head's weights; draws pixels beside the components.
         random: random weights of a small model instead, to try the command without a download.
-        device: where to compute.
+        device: where to compute; None takes a GPU where there is one.
         log: quiet when False.
     """
 
@@ -53,7 +54,7 @@ class Settings:
     deltaworld: str | None = None
     rgb: str | None = None
     random: bool = False
-    device: str = "cpu"
+    device: str | None = None
     log: bool = True
 
     def __post_init__(self) -> None:
@@ -62,12 +63,20 @@ class Settings:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.gap <= 0:
             raise ValueError(f"--gap must be positive seconds, got {self.gap}")
-        named = {"--dinov3": self.dinov3, "--deltatok": self.deltatok, "--deltaworld": self.deltaworld}
-        missing = [option for option, value in named.items() if not value]
-        if self.random and (len(missing) < 3 or self.rgb):
-            raise ValueError("--random comes without --dinov3, --deltatok, --deltaworld and --rgb")
-        if not self.random and missing:
-            raise ValueError(f"needs the weights {', '.join(missing)}; --random tries the command with random weights")
+        given = [f"--{name}" for name in ("dinov3", "deltatok", "deltaworld", "rgb") if getattr(self, name)]
+        if self.random and given:
+            raise ValueError(f"--random-weights comes without {', '.join(given)}")
+
+    @property
+    def place(self) -> torch.device:
+        """Where to compute."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def weights(self) -> tuple[str, str, str]:
+        """The weights of backbone, tokenizer and world model."""
+        released = checkpoint.RELEASED
+        return self.dinov3 or DEFAULT_WEIGHTS, self.deltatok or released["deltatok"], self.deltaworld or released["deltaworld"]
 
 
 def load_world(settings: Settings) -> DeltaWorld:
@@ -82,15 +91,16 @@ def load_world(settings: Settings) -> DeltaWorld:
             config = DINOv3Config(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256, initializer_range=0.1)
             tokenizer = DeltaTok(DINOv3(config=config), 2, layer_scale_init=0.1, intermediate_size=384)
             sizes = {"predictor_hidden_size": 128, "predictor_num_hidden_layers": 2, "predictor_num_heads": 2}
-            return DeltaWorld(tokenizer, **sizes, layer_scale_init=0.1).to(settings.device).eval()
-    backbone = DINOv3.from_pretrained(settings.dinov3)
-    weights = checkpoint.read(settings.deltatok)
+            return DeltaWorld(tokenizer, **sizes, layer_scale_init=0.1).to(settings.place).eval()
+    dinov3, deltatok, deltaworld = settings.weights
+    backbone = DINOv3.from_pretrained(dinov3)
+    weights = checkpoint.read(deltatok)
     tokenizer = DeltaTok(backbone, **checkpoint.infer_deltatok_config(weights.state_dict))
     checkpoint.load_into(tokenizer, weights)
-    weights = checkpoint.read(settings.deltaworld)
+    weights = checkpoint.read(deltaworld)
     world = DeltaWorld(tokenizer, **checkpoint.infer_deltaworld_config(weights.state_dict))
     checkpoint.load_into(world, weights)
-    return world.to(settings.device).eval()
+    return world.to(settings.place).eval()
 
 
 def read_frames(settings: Settings) -> tuple[Clip, torch.Tensor]:
@@ -172,7 +182,7 @@ def make_page(
     weights = (
         "Random weights: the pictures show that the command works and nothing else."
         if settings.random
-        else f"Weights: {settings.dinov3}, {settings.deltatok}, {settings.deltaworld}."
+        else f"Weights: {', '.join(settings.weights)}."
     )
     shown = futures.features[0]
     page = html.Page(
@@ -233,8 +243,8 @@ def run(settings: Settings) -> Futures:
         if settings.rgb is not None:
             norm = world.backbone.backbone.norm
             head = RGBHead.from_checkpoint(settings.rgb, norm.weight, norm.bias, *vars(world.backbone.processor).values())
-            head = head.to(settings.device)
-        frames = clip.frames[None].to(settings.device)
+            head = head.to(settings.place)
+        frames = clip.frames[None].to(settings.place)
         features = []
         for i in range(frames.shape[1]):
             stage(f"features of frame {i}")
@@ -243,7 +253,7 @@ def run(settings: Settings) -> Futures:
         stage("sampling")
         context = tokenizer.tokenize_offline(tokenizer.black_features(frames), features[:, :count], tokenizer._rope(frames)).squeeze(2)
         # Relative to the first frame: attention sees differences alone, and float32 then holds them
-        relative = (times - times[0]).to(settings.device, torch.float32)[None]
+        relative = (times - times[0]).to(settings.place, torch.float32)[None]
         seed = settings.seed if world.use_bom else None
         tokens, last = world.sample(context, relative, settings.horizon, settings.samples, seed=seed), features[:, count - 1]
         decoded = []
@@ -258,12 +268,13 @@ def run(settings: Settings) -> Futures:
 
             def draw(maps: torch.Tensor) -> torch.Tensor:
                 rows, columns = (n // patch for n in size)
-                pixels = torch.cat([head(feature_map(x.to(settings.device), rows, columns)) for x in maps])
+                pixels = torch.cat([head(feature_map(x.to(settings.place), rows, columns)) for x in maps])
                 return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
         futures = Futures(*(v.cpu() if isinstance(v, torch.Tensor) else v for v in vars(futures).values()))
         settings.out.mkdir(parents=True, exist_ok=True)
-        metadata = {"video": settings.video.name, "seed": str(settings.seed), "weights": "random" if settings.random else "given"}
+        weights = "random" if settings.random else ", ".join(settings.weights)
+        metadata = {"video": settings.video.name, "seed": str(settings.seed), "weights": weights}
         save_futures(futures, times, settings.out, metadata)
         page = make_page(settings, clip, times, futures, features[0].cpu(), patch, draw)
         written = page.write(settings.out / "index.html")

@@ -48,7 +48,7 @@ def weights(tmp_path_factory):
 
 
 def test_random_weights(tmp_path, capsys):
-    assert main(["rollout", str(CLIP), "--random", *SMALL, "--out", str(tmp_path / "a")]) == 0
+    assert main(["rollout", str(CLIP), "--random-weights", *SMALL, "--out", str(tmp_path / "a")]) == 0
     assert "index.html" in capsys.readouterr().out
     tokens, metadata = _read(tmp_path / "a" / "tokens.safetensors")
     features, _ = _read(tmp_path / "a" / "features.safetensors")
@@ -62,7 +62,7 @@ def test_random_weights(tmp_path, capsys):
     assert page.count("<img") == 3 + 3 + 2 + 2 + 2 * 2  # context, truth: frames and features; two futures
     assert not re.search(r"(src|href)=\"(?!data:)", page), "the page must need nothing from elsewhere"
     # the same seed gives the same futures, for another number of them too
-    assert main(["rollout", str(CLIP), "--random", *SMALL, "--samples", "6", "--out", str(tmp_path / "b")]) == 0
+    assert main(["rollout", str(CLIP), "--random-weights", *SMALL, "--samples", "6", "--out", str(tmp_path / "b")]) == 0
     again, _ = _read(tmp_path / "b" / "tokens.safetensors")
     torch.testing.assert_close(again["tokens"][:4], tokens["tokens"], rtol=1e-4, atol=1e-5)
 
@@ -82,6 +82,7 @@ def test_weights_from_files_and_an_rgb_head(tmp_path, weights):
     page = (tmp_path / "index.html").read_text()
     assert page.count("<img") == 3 + 3 + 2 + 2 + 2 * (2 + 2)  # every future in pixels too
     assert options["deltaworld"] in page
+    assert _read(tmp_path / "tokens.safetensors")[1]["weights"] == ", ".join(options[k] for k in ("dinov3", "deltatok", "deltaworld"))
 
 
 def test_a_video_that_ends_before_the_truth(tmp_path):
@@ -111,12 +112,11 @@ def test_colours_are_fitted_on_what_is_known():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "needs the weights --dinov3, --deltatok, --deltaworld; --random tries the command with random weights"),
-        (["--dinov3", "x", "--deltaworld", "y"], "needs the weights --deltatok;"),
-        (["--random", "--dinov3", "x"], "--random comes without --dinov3"),
-        (["--random", "--samples", "0"], "--samples must be at least 1, got 0"),
-        (["--random", "--gap", "0"], "--gap must be positive seconds, got 0.0"),
-        (["--random", "--start", "1000"], "1000.000 s was asked for"),
+        ([], "facebook/dinov3-vitb16-pretrain-lvd1689m"),  # the released ones, which are not here
+        (["--random-weights", "--rgb", "x", "--dinov3", "x"], "--random-weights comes without --dinov3, --rgb"),
+        (["--random-weights", "--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--random-weights", "--gap", "0"], "--gap must be positive seconds, got 0.0"),
+        (["--random-weights", "--start", "1000"], "1000.000 s was asked for"),
         (["--dinov3", "nowhere.bin", "--deltatok", "x", "--deltaworld", "y"], "no such file or folder: nowhere.bin"),
     ],
 )

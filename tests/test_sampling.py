@@ -20,7 +20,7 @@ import torch
 from compare import relative_rmse
 from test_golden import make_world
 
-from deltakern.models import Savings, sampling, score, top
+from deltakern.models import Savings, StaleCacheError, sampling, score, top
 from deltakern.models.noise import IndexedNoise, _normal
 from deltakern.nn import forget_packed
 
@@ -445,6 +445,10 @@ def test_bad_input():
     z = model.tokenizer.tokenize(pixels[:, :2])
     with _bad(r"queries must be \(B,S,h,D\) = \(2, 3, 2, 64\), got a tensor of shape \(2, 3, 1, 64\)"):
         model.sample(z, times, 2, 3, queries=torch.zeros(2, 3, 1, 64))
+    with _bad(r"queries must be a floating tensor \(B,S,h,D\), got torch.int64", TypeError):
+        model.sample(z, times, 2, 3, queries=torch.zeros(2, 3, 2, 64, dtype=torch.long))
+    with _bad(r"queries must be a floating tensor \(B,S,h,D\), got list", TypeError):
+        model.sample(z, times, 2, 3, queries=[0.0])
     with _bad(r"timestamps must be \(B,C\+h\) = \(2, 4\), got a tensor of shape \(2, 3\)"):
         model.sample(z, times[:, :3], 2, 3)
     with _bad(r"must not go backwards, got 1 s after 2 s at index 2 of clip 0"):
@@ -494,6 +498,21 @@ def test_bad_input():
         score(tokens[0], torch.zeros(64))
     with _bad(r"S at least k=4, got a tensor of shape \(2, 3\)"):
         top(torch.zeros(2, 3), 4)
+
+
+def test_a_rollouts_cache_is_refused_after_weights_changed():
+    pixels, times = small.clip(frames=4)
+    model = small.world().eval()
+    with torch.no_grad():
+        state = model.rollout_step(model.rollout_init(pixels, 2), 2, times)[2]
+        model.rollout_step(state, 3, times)
+        model.predictor.blocks[0].attention.kv_proj.bias.add_(1)
+        with _bad("the predictor's weights changed since this rollout's first step; begin again with rollout_init", StaleCacheError):
+            model.rollout_step(state, 3, times)
+        uncached = small.world(savings=Savings.none()).eval()
+        state = uncached.rollout_step(uncached.rollout_init(pixels, 2), 2, times)[2]
+        uncached.predictor.head.bias.add_(1)
+        uncached.rollout_step(state, 3, times)  # nothing was kept
 
 
 def test_a_long_context_warns_once(monkeypatch):

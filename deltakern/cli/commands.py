@@ -308,12 +308,14 @@ def rollout(
     gap: Annotated[float, Option(help="Seconds from one frame to the next.")] = 0.2,
     size: Annotated[int, Option(help="Shorter side of the frames in pixels.")] = 512,
     seed: Annotated[int, Option(help="Future i of a seed is the same for any number of samples.")] = 0,
-    dinov3: Annotated[str | None, Option(help="DINOv3 weights: folder or hub repository.")] = None,
-    deltatok: Annotated[str | None, Option(help="DeltaTok checkpoint: file or hub repository.")] = None,
-    deltaworld: Annotated[str | None, Option(help="DeltaWorld checkpoint: file or hub repository.")] = None,
+    dinov3: Annotated[str | None, Option(help="DINOv3 weights: folder or hub repository. The released models' without it.")] = None,
+    deltatok: Annotated[str | None, Option(help="DeltaTok checkpoint: file or hub repository. The released one without it.")] = None,
+    deltaworld: Annotated[
+        str | None, Option(help="DeltaWorld checkpoint: file, run of train-world, or hub repository. The released one without it.")
+    ] = None,
     rgb: Annotated[str | None, Option(help="RGB head: file or hub repository; draws pixels too.")] = None,
-    random: Annotated[bool, Option("--random", help="A small model of random weights, to try the command.")] = False,
-    device: Annotated[str, Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
+    random: Annotated[bool, Option("--random-weights", help="A small model of random weights, to try the command.")] = False,
+    device: Annotated[str | None, Option(help="By default the GPU where there is one.")] = None,
 ) -> None:
     """Sample futures of a video's frames: a page with pictures, and the tokens and features."""
     from deltakern.rollout import Settings, run

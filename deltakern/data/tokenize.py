@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deltakern._extras import MissingExtraError, require
+from deltakern._pace import Pace
 from deltakern.data.sampling import Drawn, Sampling, draw_clips
 from deltakern.data.sources import Video, find_videos
 from deltakern.data.store import Manifest, StoreError, Writer, done_clips, fingerprint
@@ -49,7 +51,7 @@ class TokenizeOptions:
         workers: processes that decode video, besides this one; 0 decodes in this one.
         rows_per_shard: clips to a shard, what a kill loses at most.
         part: (i, n): take every n-th video from the i-th on, so that n machines can share the work.
-        progress: show a bar.
+        progress: show a bar, or a line a minute where standard output is no terminal.
     """
 
     crops: int = 1
@@ -262,11 +264,21 @@ def _encode(clips: list[tuple[str, int, Drawn]], tokenizer: DeltaTok, options: T
 
 @contextlib.contextmanager
 def _bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar; the given function advances it."""
+    """A progress bar on a terminal, a line a minute in a log; the given function advances it."""
     if not show:
         yield lambda count: None
         return
     progress = require("rich.progress", "store", "the progress bar")
+    if not sys.stdout.isatty():  # a bar would be seen at the end alone
+        pace = Pace(total, 60.0)
+
+        def advance(count: int) -> None:
+            pace.advance(count)
+            if pace.due() and pace.done < total:
+                log.info("%s: %d of %d clips, %.3g a second, %s left", title, pace.done, total, pace.rate, pace.left)
+
+        yield advance
+        return
     columns = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),

@@ -11,7 +11,7 @@ from deltakern import ops
 from deltakern.models import sampling
 from deltakern.models.deltatok import DeltaTok, Savings
 from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
-from deltakern.models.stream import Stream
+from deltakern.models.stream import StaleCacheError, Stream
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.models.world import World, axis_angles, rotate_axes
 from deltakern.nn import Residual
@@ -28,7 +28,7 @@ class DeltaWorld(World):
         num_samples_train, num_samples_eval: candidates K in training, futures S in evaluation.
         layer_scale_init: initial LayerScale.
         savings: which needless work to leave out; the tokenizer's own savings are the tokenizer's.
-        candidate_chunk: candidates per clip and frame that are in memory at once in the search for the best.
+        candidate_chunk: candidates per clip and frame that are in memory at once, at most, in the search for the best.
     """
 
     def __init__(
@@ -129,7 +129,8 @@ class DeltaWorld(World):
             if queries is None:
                 portions = self._candidate_noise(batch, total - 1, tokens, generator)
             else:
-                self._check_queries(queries, (batch, total - 1, queries.shape[2] if queries.ndim == 4 else -1), "(B,T-1,K,D)")
+                count = queries.shape[2] if isinstance(queries, torch.Tensor) and queries.ndim == 4 else -1
+                self._check_queries(queries, (batch, total - 1, count), "(B,T-1,K,D)")
                 portions = (queries,)
             best = self._best_queries(portions, lambda q: self._predict(past, timestamps, q, head=False), target, criterion, 1)
         else:
@@ -146,7 +147,7 @@ class DeltaWorld(World):
         samples = self.num_samples
         x = y[:, ctx_len - 1, None].expand(-1, samples, -1, -1).flatten(0, 1)
         own = tokens.new_empty((tokens.shape[0], samples, 0, tokens.shape[2]))
-        return {"y": y, "rope": rope, "tokens": tokens, "own": own, "x": x, "context": None, "own_kv": None}
+        return {"y": y, "rope": rope, "tokens": tokens, "own": own, "x": x, "context": None, "own_kv": None, "stamp": None}
 
     def rollout_step(
         self,
@@ -165,6 +166,9 @@ class DeltaWorld(World):
             timestamps: (B,T) seconds.
             queries: (B,S,D) noise, instead of drawing it.
             generator: draws the noise.
+
+        Raises:
+            ValueError: another frame than the next, shapes. StaleCacheError: the predictor's weights changed since the first step.
         """
         tokens, own = state["tokens"], state["own"]
         batch, context = tokens.shape[:2]
@@ -175,13 +179,16 @@ class DeltaWorld(World):
         q_time = timestamps[:, tgt_frame_idx : tgt_frame_idx + 1]
         if self.savings.context_cache:
             cached, own_kv = state["context"], state["own_kv"]
+            stamp = None if torch.compiler.is_compiling() else sampling.Weights(self.predictor).stamp()
             if cached is None:
                 cached = self.predictor.keys_values(tokens, self._rotate(timestamps[:, :context]))
+            elif stamp is not None and stamp != state["stamp"]:
+                raise StaleCacheError("the predictor's weights changed since this rollout's first step; begin again with rollout_init")
             if generated:
                 own_kv = self._append(own_kv, own[:, :, -1], timestamps[:, tgt_frame_idx - 1 : tgt_frame_idx])
             mix = [self._mix(q_time, own=kv) for kv in own_kv] if own_kv else self._mix(q_time)
             predicted = self.predictor(q, cached, None, mix)
-            state = {**state, "context": cached, "own_kv": own_kv}
+            state = {**state, "context": cached, "own_kv": own_kv, "stamp": stamp}
         else:
             memory = torch.cat((tokens[:, None].expand(-1, samples, -1, -1), own), 2).flatten(0, 1)
             times = timestamps[:, None].expand(-1, samples, -1).flatten(0, 1)

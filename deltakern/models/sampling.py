@@ -224,7 +224,8 @@ class _Graph:
                 with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self.tokens = _steps(world, *self.inputs)
             except RuntimeError as problem:
-                raise RuntimeError("the steps could not be captured as a CUDA graph; cuda_graph=False launches them one by one") from problem
+                what = "the steps could not be captured as a CUDA graph; cuda_graph=False launches them one by one"
+                raise RuntimeError(what) from problem
         # The graph reads packed weights by address: they must live as long as it does, and it is void once they are replaced
         self.packed = [(m, dict(m._packed)) for m in world.predictor.modules() if isinstance(m, PackedModule)]
 

@@ -22,6 +22,11 @@ NOISE_DRAW = 256
 """Candidates whose noise is drawn at once in training: the release's number, so that its draw is this one for the same seed."""
 
 
+CPU_ROWS = 1792
+"""Query rows that a CPU predicts at once in the search: their widest activations stay below the size from which the C library
+maps and unmaps every allocation anew, which costs more than the GELU on it."""
+
+
 def rotate_axes(x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
     """Rotates the channels of x (..., d), one consecutive slice an axis, in pairs (i, i + half) within the slice.
 
@@ -176,6 +181,9 @@ class World(nn.Module, ABC):
 
     def _check_queries(self, queries: torch.Tensor, leading: tuple[int, ...], layout: str) -> None:
         expected = (*leading, self.predictor_hidden_size)
+        if not isinstance(queries, torch.Tensor) or not queries.is_floating_point():
+            got = queries.dtype if isinstance(queries, torch.Tensor) else type(queries).__name__
+            raise TypeError(f"queries must be a floating tensor {layout}, got {got}")
         if tuple(queries.shape) != expected:
             raise ValueError(f"queries must be {layout} = {expected}, got a tensor of shape {tuple(queries.shape)}")
 
@@ -216,14 +224,17 @@ class World(nn.Module, ABC):
             reduce_dims: how many dimensions R and the channels are.
 
         Returns:
-            (B,G,D). Candidates are made and judged ``candidate_chunk`` at a time, never all in memory.
+            (B,G,D). Candidates are made and judged ``candidate_chunk`` at a time, on a CPU fewer, never all in memory.
         """
+        chunk_size = self.candidate_chunk
+        if target.device.type == "cpu" and not torch.compiler.is_compiling():
+            chunk_size = max(1, min(chunk_size, CPU_ROWS // max(1, target[..., 0].numel())))
         named = loss_name(criterion)
         search = None if named is None else ops.BestOfN()
         best_loss = best = None
         offset = 0
         for portion in queries:
-            for chunk in portion.split(self.candidate_chunk, 2):
+            for chunk in portion.split(chunk_size, 2):
                 entry = run(chunk)
                 if search is not None:
                     better = search.merge(*self.predictor.best(entry, target, reduce_dims=reduce_dims, **named), chunk.shape[2])

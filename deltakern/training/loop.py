@@ -10,10 +10,11 @@ import contextlib
 import logging
 import math
 import os
+import re
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from deltakern._extras import require
+from deltakern._pace import Pace
 from deltakern.data.sampling import generator_for
 from deltakern.data.tokenize import PRECISIONS, stop_on_signal
 from deltakern.models import checkpoint
@@ -30,6 +32,9 @@ from deltakern.training.optim import Schedule, make_optimizer
 from deltakern.training.run import Log, Run, TrainingError, deterministic
 
 log = logging.getLogger("deltakern")
+
+SAY_EVERY = 30.0
+"""Seconds between two lines about how training goes."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,16 @@ class Task(ABC):
     Attributes:
         network: whose weights are saved.
         objective: a module around the network; called with a batch it gives the loss.
+        loss: the name of the loss.
     """
 
     network: nn.Module
     objective: nn.Module
+    loss: str
+
+    @abstractmethod
+    def size(self) -> str:
+        """On how much it trains and validates, for the log."""
 
     @abstractmethod
     def batches(self, plan: Iterable[tuple[int, int]]) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -164,7 +175,7 @@ class _Loop:
         saved = run.load()
         self.optimizer = make_optimizer(self.network, options.rate, options.weight_decay)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.step, self.best = 0, math.inf
+        self.step, self.best, self.validated = 0, math.inf, []
         if saved is not None:
             self._resume(*saved)
         if place.first:
@@ -183,6 +194,11 @@ class _Loop:
 
             board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=self.step)
         self.board = board
+        if place.first:
+            count = sum(p.numel() for p in self.parameters)
+            where = f"{place.device}" if place.size == 1 else f"{place.size} processes on {place.device.type}"
+            plan = f"{self.schedule.total} steps of {options.batch_size} clips, {options.precision} on {where}"
+            log.info("%s: %.4g million parameters, %s; %s", run.folder, count / 1e6, task.size(), plan)
         self.logs = [Log(run.folder / f"{name}.csv", self.step, board) for name in ("metrics", "validation")] if place.first else None
 
     def _resume(self, state: dict[str, Any], weights: checkpoint.Checkpoint) -> None:
@@ -198,7 +214,7 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, now in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(now)  # of this call, not of the one that saved
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.validated = state["step"], state["best"], state["validated"]
         log.info("%s: continued after step %d", self.run.folder, self.step)
 
     def _plan(self) -> Iterator[tuple[int, int]]:
@@ -212,6 +228,7 @@ class _Loop:
         options, place = self.options, self.place
         saved_at, loss = self.step, math.nan
         since, clips = time.perf_counter(), 0
+        pace = Pace(self.schedule.total - self.step, SAY_EVERY)
         self.network.train()
         batches = self.task.batches(self._plan())
         stop = False
@@ -222,6 +239,7 @@ class _Loop:
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             clips += options.batch_size
+            pace.advance()
             stop = flag > 0
             last = self.step == self.schedule.total
             if self.logs and (self.step % options.log_every == 0 or last):
@@ -230,19 +248,25 @@ class _Loop:
                 since, clips = now, 0
             if self.step % options.validate_every == 0 or last:
                 self._validate()
-            if self.step % options.save_every == 0 or last or stop:
+            saving = self.step % options.save_every == 0 or last or stop
+            if saving:
                 self._save()
                 saved_at = self.step
-                if place.first:
-                    log.info("step %d of %d: loss %.5g, saved", self.step, self.schedule.total, loss)
+            if place.first and (pace.due() or saving):
+                rate, left = pace.rate * options.batch_size, "" if last else f", {pace.left} left"
+                text = f"step {self.step} of {self.schedule.total}: loss {loss:.5g}, {rate:.3g} clips a second{left}"
+                log.info("%s%s", text, ", saved" if saving else "")
         if saved_at != self.step:
             self._save()
         done = self.step >= self.schedule.total
         if place.first:
             if done:
                 self.run.write_weights(self.network)
-            ending = "done" if done else "stopped by a signal; the same call goes on"
+            ending = "done" if done else "stopped by a signal; the same command goes on"
             log.info("%s: %d of %d steps, %s", self.run.folder, self.step, self.schedule.total, ending)
+            for what, path in (("weights", self.run.weights), ("those with the least validation loss", self.run.best_weights)):
+                if done and path.exists():
+                    log.info("%s: %s", what, path)
         if self.board is not None:
             self.board.close()
         place.wait()
@@ -297,9 +321,11 @@ class _Loop:
             self.network.train()
         if not found:
             return
+        if self.validated != list(found):  # on other clips or in another way than before: not to be compared
+            self.validated, self.best = list(found), math.inf
         if self.logs:
             self.logs[1].add(self.step, **found)
-            log.info("step %d: validation %s", self.step, ", ".join(f"{name} {value:.5g}" for name, value in found.items()))
+            log.info("%s", validation_table(self.step, self.task.loss, found, self.best))
         if found["val"] < self.best:
             self.best = found["val"]
             if self.place.first:
@@ -310,12 +336,30 @@ class _Loop:
             state = {
                 "step": self.step,
                 "best": self.best,
+                "validated": self.validated,
                 "optimizer": self.optimizer.state_dict(),
                 "identity": self.task.identity(),
                 "order": self.task.order(),
             }
             self.run.save(self.step, self.network, state)
         self.place.wait()
+
+
+def validation_table(step: int, loss: str, found: Mapping[str, float], best: float) -> str:
+    """What :meth:`Task.validate` found, in rows of what is predicted and columns of how."""
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in found.items():
+        if known := re.fullmatch(r"(feature_)?h(\d+)(?:_(\w+))?", key):
+            of, ahead, how = known.groups()
+            row = f"{'features, ' if of else ''}{ahead} frame{'s' * (ahead != '1')} ahead"
+            rows.setdefault(row, {})[(how or "model").replace("_", " ")] = value
+    columns = list(dict.fromkeys(how for row in rows.values() for how in row))
+    widest = max(map(len, rows), default=0)
+    lines = [f"step {step}: validation, {loss} {found['val']:.5g}" + (f", the least so far {best:.5g}" if best < math.inf else "")]
+    lines.append(" " * (widest + 2) + "".join(f"{how:>11}" for how in columns))
+    for row, values in rows.items():
+        lines.append(f"  {row:<{widest}}" + "".join(f"{values.get(how, math.nan):11.5f}" for how in columns))
+    return "\n".join(lines)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:

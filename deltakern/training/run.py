@@ -105,11 +105,21 @@ class Run:
             raise TrainingError(f"{self.checkpoints}: all {len(found)} checkpoints are damaged; move them away to begin anew")
         return None
 
+    @property
+    def weights(self) -> Path:
+        """The weights at the end, once there."""
+        return self.folder / WEIGHTS
+
+    @property
+    def best_weights(self) -> Path:
+        """The weights with the least validation loss, once there."""
+        return self.folder / "best" / WEIGHTS
+
     def write_weights(self, network: nn.Module, *, best: bool = False) -> None:
         """Writes the weights in the released format, as the best or as the last."""
-        folder = self.folder / "best" if best else self.folder
-        folder.mkdir(exist_ok=True)
-        checkpoint.save(network, folder / WEIGHTS)
+        path = self.best_weights if best else self.weights
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.save(network, path)
 
 
 def _sum(path: Path) -> str:
@@ -149,7 +159,7 @@ class Log:
     def _write(self, rows: list[dict[str, str]]) -> None:
         partial = self.path.with_name(f".{self.path.name}.partial")
         with open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.names)
+            writer = csv.DictWriter(file, self.names, lineterminator="\n")
             if self.names:
                 writer.writeheader()
             writer.writerows(rows)
@@ -162,7 +172,7 @@ class Log:
             self.names = list(row)
             self._write([])
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.names, extrasaction="ignore").writerow(row)
+            csv.DictWriter(file, self.names, extrasaction="ignore", lineterminator="\n").writerow(row)
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)

@@ -14,6 +14,7 @@ from torch import nn
 
 from deltakern import ops
 from deltakern._extras import MissingExtraError
+from deltakern._pace import counted
 from deltakern.data.sampling import Drawn, Sampling, draw_clips, middle_clip
 from deltakern.data.sources import SourceError, Video, find_videos
 from deltakern.data.store import video_share
@@ -103,6 +104,11 @@ class TokTask(Task):
     ) -> None:
         self.network, self.objective = tokenizer, PairObjective(tokenizer)
         self.clips, self.workers, self.held_out, self.horizons = clips, workers, held_out, horizons
+
+    loss = "log-cosh"
+
+    def size(self) -> str:
+        return f"{counted(len(self.clips.videos), 'video')} to train on, {len(self.held_out) or 'none'} to validate on"
 
     def batches(self, plan: Iterable[tuple[int, int]]) -> Iterator[tuple[torch.Tensor, ...]]:
         options = {"num_workers": self.workers, "worker_init_fn": leave_signals} if self.workers else {}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltakern import ops
+from deltakern._pace import counted
 from deltakern.data.sampling import Drawn, generator_for, middle_clip
 from deltakern.data.sources import find_videos
 from deltakern.data.store import Manifest, StoreError, TokenDataset, TokenOrder, fingerprint
@@ -189,6 +190,13 @@ class WorldTask(Task):
             raise ValueError(f"validation needs clips of {context} + {min(horizons)} frames, the store's have {train.num_frames}")
         self._order = TokenOrder(train, seed)
 
+    loss = "smooth-L1"
+
+    def size(self) -> str:
+        held = [counted(len(self.val), "clip")] if self.val is not None else []
+        held += [counted(len(self.videos), "video")] if self.videos else []
+        return f"{counted(len(self.train), 'clip')} to train on, {' and '.join(held) or 'none'} to validate on"
+
     def batches(self, plan: Iterable[tuple[int, int]]) -> Iterator[tuple[torch.Tensor, ...]]:
         return (self.train.batch(self._order.take(start, stop)) for start, stop in plan)
 
@@ -291,7 +299,7 @@ def train_world(
         try:
             val = TokenDataset(stores, split="val", val_fraction=val_fraction)
         except StoreError as problem:
-            raise StoreError(f"{problem}; hold out more, or nothing with val_fraction=0") from problem
+            raise StoreError(f"{problem}; hold out more, or nothing with a val_fraction (--val-fraction) of 0") from problem
     if val_videos and tokenizer is None:
         raise ValueError("val_videos: features can be predicted with the tokenizer alone; give it")
     size = train.manifest.sampling.get("size", 512)
