@@ -14,6 +14,7 @@ from deltakern.models.deltatok import Savings
 from deltakern.models.predictor import Predictor
 from deltakern.models.validate import check_frames, check_positive, check_timestamps
 from deltakern.nn import Residual
+from deltakern.nn.product import ROWS_TRAINING
 from deltakern.ops.context_attention import temporal_angles as axis_angles  # the same formula on every axis
 
 __all__ = ["World", "axis_angles", "loss_name", "rotate_axes"]
@@ -22,9 +23,9 @@ NOISE_DRAW = 256
 """Candidates whose noise is drawn at once in training: the release's number, so that its draw is this one for the same seed."""
 
 
-CPU_ROWS = 1792
-"""Query rows that a CPU predicts at once in the search: their widest activations stay below the size from which the C library
-maps and unmaps every allocation anew, which costs more than the GELU on it."""
+CPU_BYTES = 24 << 20
+"""Size of the widest activation in a CPU's search. From 32 MiB on the C library maps and unmaps every allocation anew, which costs
+more than the GELU on it."""
 
 
 def rotate_axes(x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
@@ -204,6 +205,15 @@ class World(nn.Module, ABC):
             count = min(NOISE_DRAW, self.num_samples_train - start)
             yield self.noise(batch, groups, count, device=like.device, dtype=like.dtype, generator=generator)
 
+    def _together(self, count: int, target: torch.Tensor) -> int:
+        """Candidates of every clip and frame that are predicted together, of a portion of ``count``."""
+        most = self.candidate_chunk
+        if target.device.type == "cpu" and not torch.compiler.is_compiling():
+            rows = max(1, target[..., 0].numel())  # of one candidate
+            fitting = CPU_BYTES // (4 * self.predictor.blocks[0].mlp.up_proj.out_features * rows)
+            most = max(1, min(most, max(fitting, -(-ROWS_TRAINING // rows))))
+        return -(-count // -(-count // most))  # equal parts
+
     @torch.no_grad()
     def _best_queries(
         self,
@@ -226,15 +236,12 @@ class World(nn.Module, ABC):
         Returns:
             (B,G,D). Candidates are made and judged ``candidate_chunk`` at a time, on a CPU fewer, never all in memory.
         """
-        chunk_size = self.candidate_chunk
-        if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            chunk_size = max(1, min(chunk_size, CPU_ROWS // max(1, target[..., 0].numel())))
         named = loss_name(criterion)
         search = None if named is None else ops.BestOfN()
         best_loss = best = None
         offset = 0
         for portion in queries:
-            for chunk in portion.split(chunk_size, 2):
+            for chunk in portion.split(self._together(portion.shape[2], target), 2):
                 entry = run(chunk)
                 if search is not None:
                     better = search.merge(*self.predictor.best(entry, target, reduce_dims=reduce_dims, **named), chunk.shape[2])
