@@ -18,6 +18,11 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
+def figure(value: float) -> str:
+    """Three digits at least, no exponent: "0.00412", "3.14", "12,346"."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def counted(count: int, what: str) -> str:
     """ "1 clip", "2 clips"."""
     return f"{count} {what}{'s' * (count != 1)}"

@@ -67,6 +67,17 @@ def test_dense_context_cache_is_exact():
     assert relative_rmse(cached, model(pixels, times, ctx_len=2, queries=queries)[0]) < 1e-12
 
 
+def test_the_searchs_portions_fit_a_cpu():
+    """At released sizes: parts of one size, of enough rows for oneDNN and of few enough for the allocator; a GPU's are as asked."""
+    model = small.world().train()
+    model.predictor.blocks[0].mlp.up_proj = torch.nn.Linear(1, 3072)
+    rows = {clips: model._together(256, torch.zeros(clips, 7, 64)) for clips in (1, 4, 32, 130, 200, 1024)}
+    assert rows == {1: 256, 4: 64, 32: 9, 130: 2, 200: 1, 1024: 1}
+    assert model._together(256, torch.zeros(4, 7, 64, device="meta")) == 256
+    model.candidate_chunk = 100
+    assert model._together(256, torch.zeros(4, 7, 64, device="meta")) == 86
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 6, 100])
 def test_candidate_chunks_find_the_same_best(chunk):
     pixels, times = small.clip(frames=4)

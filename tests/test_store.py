@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -241,6 +242,14 @@ def test_decoding_workers_and_parts_give_the_same_tokens(videos, tmp_path):
     parts = [tokenize([videos], tmp_path / "s", tokenizer, options(workers=1, part=(i, 2))) for i in range(2)]
     assert sum(p.written for p in parts) == 10
     assert_same(contents(tmp_path / "s"), contents(tmp_path / "one"))
+
+
+def test_a_log_gets_lines_where_a_terminal_gets_a_bar(videos, tmp_path, caplog, capsys):
+    pytest.importorskip("rich")
+    caplog.set_level("INFO", "deltakern")
+    tokenize([videos], tmp_path / "s", stored.tokenizer(), options(progress=True))
+    assert re.search(r"s: 1 of 12 clips, \S+ a second, \S+ s left", caplog.text)
+    assert capsys.readouterr().out == ""
 
 
 def test_float16_and_batches_are_close(videos, tmp_path):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import warnings
@@ -23,6 +24,7 @@ import stored
 from compare import relative_rmse
 
 from benchmarks import release_structure
+from deltakern._pace import Pace, counted, duration, figure
 from deltakern.data import TokenDataset
 from deltakern.data.sampling import Drawn, Sampling, generator_for
 from deltakern.data.sources import find_videos
@@ -512,6 +514,78 @@ def test_validation_is_logged_repeats_and_keeps_the_best(tokens, tmp_path):
         assert_same_weights(tmp_path, tmp_path / "best")
     else:
         assert any(not torch.equal(v, kept.state_dict[k]) for k, v in weights(tmp_path / "best").items())
+
+
+def test_another_validation_starts_a_new_best(tokens, videos, tmp_path):
+    """A run that goes on with other measures does not hold them against the old ones."""
+    made = stored.tokenizer()
+    tokenize([videos], tmp_path / "store", made, TokenizeOptions(crops=4, sampling=stored.SMALL, progress=False))
+    few = {"cooldown": 0, "validate_every": 2, "batch_size": 4}
+    train(tmp_path / "store", tmp_path / "run", {"steps": 2, **few}, val_fraction=0.7)
+    first = Run(tmp_path / "run").load()[0]
+    with pytest.warns(UserWarning, match="the clips are not those of before"):
+        train(
+            tmp_path / "store",
+            tmp_path / "run",
+            {"steps": 4, **few},
+            val_fraction=0.0,
+            tokenizer=made,
+            val_videos=[videos / "0.mp4"],
+            val_stride=0.1,
+        )
+    rows = read_metrics(tmp_path / "run/validation.csv")
+    second = Run(tmp_path / "run").load()[0]
+    assert set(first["validated"]) & set(second["validated"]) == {"val"}
+    assert second["best"] != first["best"]
+    assert rows[-1]["step"] == 4
+    assert rows[-1]["val"] == pytest.approx(second["best"])
+    assert rows[-1].keys() - rows[0].keys() == {f"feature_h{h}_{n}" for h in (1, 3) for n in ("best", "mean", "copy_last")}
+
+
+def test_what_a_run_says(tokens, tmp_path, caplog):
+    caplog.set_level("INFO", "deltakern")
+    train(tokens, tmp_path / "run", {"steps": 6, "cooldown": 0, "save_every": 3, "validate_every": 6})
+    text = caplog.text
+    assert re.search(
+        r"run: 0\.0\d+ million parameters, \d+ clips to train on, \d+ clips to validate on; 6 steps of 8 clips, float32 on cpu", text
+    )
+    assert re.search(r"step 1 of 6: loss \d\.\d+, \S+ clips a second, \d+ s left\n", text)
+    assert re.search(r"step 3 of 6: loss \d\.\d+, \S+ clips a second, \d+ s left, saved\n", text)
+    assert re.search(r"step 6: validation, smooth-L1 0\.\d+\n +best +mean +copy last\n  1 frame ahead  .*\n  3 frames ahead .*\n", text)
+    assert "6 of 6 steps, done" in text
+    assert f"weights: {tmp_path / 'run/pytorch_model.bin'}" in text
+    assert f"those with the least validation loss: {tmp_path / 'run/best/pytorch_model.bin'}" in text
+    assert b"\r" not in (tmp_path / "run/metrics.csv").read_bytes()
+
+
+def test_the_table_of_a_validation():
+    found = {"val": 0.25, "h1": 0.2, "h1_copy_last": 0.4, "h3": 0.3, "h3_copy_last": 0.5}
+    assert loop.validation_table(7, "log-cosh", found, 0.26).splitlines() == [
+        "step 7: validation, log-cosh 0.25, the least so far 0.26",
+        "                      model  copy last",
+        "  1 frame ahead     0.20000    0.40000",
+        "  3 frames ahead    0.30000    0.50000",
+    ]
+
+
+def test_durations_and_pace(monkeypatch):
+    cases = {0: "0 s", 59.6: "1 min", 125: "2 min 5 s", 3600: "1 h", 3605: "1 h", 7500: "2 h 5 min", 100_000: "1 d 3 h", -1: "0 s"}
+    assert {s: duration(s) for s in cases} == cases
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    pace = Pace(10, 30)
+    assert pace.due()
+    assert pace.left == "?"
+    pace.advance(2)
+    now[0] = 20.0
+    assert not pace.due()
+    assert pace.rate == 0.1
+    assert pace.left == "1 min 20 s"
+    now[0] = 30.0
+    assert pace.due()
+    assert not pace.due()
+    assert [figure(x) for x in (0.004123, 3.14159, 99.94, 12345.6)] == ["0.00412", "3.14", "99.9", "12,346"]
+    assert [counted(n, "clip") for n in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
 
 
 def test_features_are_validated_on_videos(videos, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deltakern._extras import MissingExtraError, require
-from deltakern._pace import Pace
+from deltakern._pace import Pace, figure
 from deltakern.data.sampling import Drawn, Sampling, draw_clips
 from deltakern.data.sources import Video, find_videos
 from deltakern.data.store import Manifest, StoreError, Writer, done_clips, fingerprint
@@ -275,7 +275,7 @@ def _bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
         def advance(count: int) -> None:
             pace.advance(count)
             if pace.due() and pace.done < total:
-                log.info("%s: %d of %d clips, %.3g a second, %s left", title, pace.done, total, pace.rate, pace.left)
+                log.info("%s: %d of %d clips, %s a second, %s left", title, pace.done, total, figure(pace.rate), pace.left)
 
         yield advance
         return

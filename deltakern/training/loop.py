@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from deltakern._extras import require
-from deltakern._pace import Pace
+from deltakern._pace import Pace, figure
 from deltakern.data.sampling import generator_for
 from deltakern.data.tokenize import PRECISIONS, stop_on_signal
 from deltakern.models import checkpoint
@@ -198,7 +198,7 @@ class _Loop:
             count = sum(p.numel() for p in self.parameters)
             where = f"{place.device}" if place.size == 1 else f"{place.size} processes on {place.device.type}"
             plan = f"{self.schedule.total} steps of {options.batch_size} clips, {options.precision} on {where}"
-            log.info("%s: %.4g million parameters, %s; %s", run.folder, count / 1e6, task.size(), plan)
+            log.info("%s: %s million parameters, %s; %s", run.folder, figure(count / 1e6), task.size(), plan)
         self.logs = [Log(run.folder / f"{name}.csv", self.step, board) for name in ("metrics", "validation")] if place.first else None
 
     def _resume(self, state: dict[str, Any], weights: checkpoint.Checkpoint) -> None:
@@ -254,7 +254,7 @@ class _Loop:
                 saved_at = self.step
             if place.first and (pace.due() or saving):
                 rate, left = pace.rate * options.batch_size, "" if last else f", {pace.left} left"
-                text = f"step {self.step} of {self.schedule.total}: loss {loss:.5g}, {rate:.3g} clips a second{left}"
+                text = f"step {self.step} of {self.schedule.total}: loss {loss:.5g}, {figure(rate)} clips a second{left}"
                 log.info("%s%s", text, ", saved" if saving else "")
         if saved_at != self.step:
             self._save()
@@ -363,8 +363,8 @@ def validation_table(step: int, loss: str, found: Mapping[str, float], best: flo
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-    """Rows of ``metrics.csv`` or ``validation.csv``."""
+    """Rows of ``metrics.csv`` or ``validation.csv``, each with what it has."""
     import csv
 
     with open(Path(path), newline="", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]

@@ -166,13 +166,15 @@ class Log:
         os.replace(partial, self.path)
 
     def add(self, step: int, **values: float) -> None:
-        """One row; the first one names the columns."""
+        """One row; names that are new become columns, empty in the rows before."""
         row = {"step": step, **values}
-        if not self.names:
-            self.names = list(row)
-            self._write([])
+        if new := [name for name in row if name not in self.names]:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            self.names += new
+            self._write(rows)
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.names, extrasaction="ignore", lineterminator="\n").writerow(row)
+            csv.DictWriter(file, self.names, lineterminator="\n").writerow(row)
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
