@@ -127,8 +127,8 @@ class World(nn.Module, ABC):
 
     def noise(self, *shape: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None) -> torch.Tensor:
         """Queries: N(0, initializer_range^2) of shape (*shape, D)."""
-        width = self.predictor_hidden_size
-        return torch.randn(*shape, width, device=device, dtype=dtype, generator=generator) * self.initializer_range
+        drawn = {} if generator is None else {"generator": generator}  # torch.compile has no dynamic sizes where it is named
+        return torch.randn(*shape, self.predictor_hidden_size, device=device, dtype=dtype, **drawn) * self.initializer_range
 
     def forward(
         self,
