@@ -24,8 +24,8 @@ import stored
 from compare import relative_rmse
 
 from benchmarks import release_structure
-from deltakern._pace import Pace, counted, duration, figure
 from deltakern.data import TokenDataset
+from deltakern.data.pace import Pace, counted, duration, figure
 from deltakern.data.sampling import Drawn, Sampling, generator_for
 from deltakern.data.sources import find_videos
 from deltakern.data.store import StoreError, TokenOrder, fingerprint

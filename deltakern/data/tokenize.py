@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deltakern._extras import MissingExtraError, require
-from deltakern._pace import Pace, figure
+from deltakern.data.pace import Pace, figure
 from deltakern.data.sampling import Drawn, Sampling, draw_clips
 from deltakern.data.sources import Video, find_videos
 from deltakern.data.store import Manifest, StoreError, Writer, done_clips, fingerprint

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from deltakern._extras import require
-from deltakern._pace import Pace, figure
+from deltakern.data.pace import Pace, figure
 from deltakern.data.sampling import generator_for
 from deltakern.data.tokenize import PRECISIONS, stop_on_signal
 from deltakern.models import checkpoint

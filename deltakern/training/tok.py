@@ -14,7 +14,7 @@ from torch import nn
 
 from deltakern import ops
 from deltakern._extras import MissingExtraError
-from deltakern._pace import counted
+from deltakern.data.pace import counted
 from deltakern.data.sampling import Drawn, Sampling, draw_clips, middle_clip
 from deltakern.data.sources import SourceError, Video, find_videos
 from deltakern.data.store import video_share

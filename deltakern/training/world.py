@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltakern import ops
-from deltakern._pace import counted
+from deltakern.data.pace import counted
 from deltakern.data.sampling import Drawn, generator_for, middle_clip
 from deltakern.data.sources import find_videos
 from deltakern.data.store import Manifest, StoreError, TokenDataset, TokenOrder, fingerprint
