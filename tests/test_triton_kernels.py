@@ -17,7 +17,7 @@ from kernel_checks import (
     transposed,
 )
 
-from deltakern import backend
+from deltakern import backend, ops
 from deltakern.cases import Case, cases
 from deltakern.ops import _triton
 
@@ -219,19 +219,34 @@ def test_compiles_in_one_graph(case: Case, dynamic: bool, device: torch.device) 
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("incoming", ["recorded", "constant"])
 @first_case
-def test_double_backward_raises(case: Case, device: torch.device) -> None:
+def test_double_backward_raises(case: Case, incoming: str, device: torch.device) -> None:
+    """Where the incoming gradient needs a gradient itself, and where it is a constant, as that of a sum."""
     if not case.differentiable:
         pytest.skip("has no gradient")
     args, kwargs = inputs(case, torch.float32, device)
     for i in case.differentiable:
         args[i].requires_grad_(True)
     out = case.function(*args, **kwargs, impl="triton")
-    out = out[0] if isinstance(out, tuple) else out
+    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
+    loss = sum(o.square().sum() if incoming == "recorded" else o.sum() for o in outs)
     wanted = [args[i] for i in case.differentiable]
-    grads = torch.autograd.grad(out.square().sum(), wanted, create_graph=True, allow_unused=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(g.sum() for g in grads if g is not None).backward()
+    for gradient in torch.autograd.grad(loss, wanted, create_graph=True):
+        with pytest.raises(RuntimeError, match=rf"{case.op}: a second derivative is not supported"):
+            gradient.sum().backward(retain_graph=True)
+        if case.op != "recon_loss":  # it keeps neither input, so that no way leads back to them
+            with pytest.raises(RuntimeError, match=rf"{case.op}: a second derivative is not supported"):
+                torch.autograd.grad(gradient.sum(), wanted, retain_graph=True, allow_unused=True)
+
+
+def test_a_gradient_of_an_incoming_one_leaves_its_flag_alone(device: torch.device) -> None:
+    """A sum without scale or norm hands the incoming gradient on."""
+    stream, branch = torch.randn(2, 3, 5, device=device).requires_grad_().unbind(0)
+    incoming = torch.randn(3, 5, device=device)
+    total, _ = ops.residual_norm(stream, branch, None, None, None, impl="triton")
+    torch.autograd.grad(total, [stream, branch], incoming, create_graph=True)
+    assert not incoming.requires_grad
 
 
 @first_case

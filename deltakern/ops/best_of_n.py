@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 LOSSES = ("smooth_l1", "log_cosh", "mse", "l1")
 _MOST_LEADING, _MOST_REDUCED = 6, 4  # csrc/best_of_n.h
@@ -213,18 +214,6 @@ def _slope(difference: torch.Tensor, loss: str, beta: float) -> torch.Tensor:
     return 2.0 * difference if loss == "mse" else difference.sign()
 
 
-class _Once(torch.autograd.Function):
-    """A gradient that raises where it is itself differentiated."""
-
-    @staticmethod
-    def forward(ctx, gradient):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError("best_of_n: a second derivative is not supported; impl='reference' has one")
-
-
 class _BestOfN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, candidates, target, loss, beta, reduce_dims, return_losses):
@@ -239,18 +228,8 @@ class _BestOfN(torch.autograd.Function):
         return index, best, losses
 
     @staticmethod
+    @once_differentiable("best_of_n")
     def backward(ctx, _index, d_best, _losses):
-        # Grad mode is on where the caller asked for create_graph. What was saved carries no graph, so a second derivative would
-        # lose a term in silence; under torch.compile torch itself refuses one.
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with torch.no_grad():
-            grads = _BestOfN._gradients(ctx, d_best)
-        if twice:
-            grads = tuple(_Once.apply(g.requires_grad_()) if g is not None else None for g in grads)
-        return (*grads, None, None, None, None)
-
-    @staticmethod
-    def _gradients(ctx, d_best):
         difference, index = ctx.saved_tensors
         loss, beta, reduce_dims, shape, candidates_dtype, target_dtype = ctx.settings
         axis = len(shape) - reduce_dims - 1
@@ -263,7 +242,7 @@ class _BestOfN(torch.autograd.Function):
             d_candidates = zeros.scatter(axis, place, d_winner.to(candidates_dtype).unsqueeze(axis))
         if ctx.needs_input_grad[1]:
             d_target = -d_winner.to(target_dtype)
-        return d_candidates, d_target
+        return d_candidates, d_target, None, None, None, None
 
 
 def _check(candidates, target, loss, beta, reduce_dims) -> None:

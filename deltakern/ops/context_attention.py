@@ -27,10 +27,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 MOST_TOKENS = 32
 """Context tokens that the kernels take: they are held by every program."""
@@ -184,7 +184,7 @@ class _ContextAttention(torch.autograd.Function):
         return _forward(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("context_attention")
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 11

@@ -18,10 +18,10 @@ Source: exact algebra on DeltaTok.encode of the released code, which forms the w
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 
 def delta_pool_reference(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *, scale: float) -> torch.Tensor:
@@ -85,7 +85,7 @@ class _DeltaPool(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("delta_pool")
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 4

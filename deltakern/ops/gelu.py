@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 
 def gelu_reference(x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class _Gelu(torch.autograd.Function):
         return _forward(x)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("gelu")
     def backward(ctx, d_out):
         return _backward(*ctx.saved_tensors, d_out)
 

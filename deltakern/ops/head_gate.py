@@ -10,10 +10,10 @@ Source: gated_attn.py of the released code.
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 
 def head_gate_reference(attn: torch.Tensor, gate_logits: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ class _HeadGate(torch.autograd.Function):
         return _forward(attn, gate_logits)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("head_gate")
     def backward(ctx, grad):
         if grad is None:
             return None, None

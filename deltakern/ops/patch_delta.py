@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 MODES = ("pair", "difference", "current", "previous")
 
@@ -140,7 +140,7 @@ class _PatchDelta(torch.autograd.Function):
         return stream, normed
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("patch_delta")
     def backward(ctx, d_stream, d_normed):
         if d_stream is None and d_normed is None:
             return (None,) * 10

@@ -19,10 +19,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 KINDS = ("log_cosh", "smooth_l1", "mse")
 
@@ -78,7 +78,7 @@ class _ReconLoss(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("recon_loss")
     def backward(ctx, d_loss):
         (unit,) = ctx.saved_tensors
         grads = _backward(unit, d_loss, *ctx.dtypes)

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 
 def residual_norm_reference(
@@ -108,7 +108,7 @@ class _ResidualNorm(torch.autograd.Function):
         return total, None if weight is None else normed
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("residual_norm")
     def backward(ctx, d_total, d_normed):
         total, branch, scale, weight, statistics = ctx.saved_tensors
         want_stream, want_branch, want_scale, want_weight, want_bias, _, _ = ctx.needs_input_grad

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 ORDERS = ("pre_rope", "post_rope")
 
@@ -142,7 +142,7 @@ class _RopeQKNorm(torch.autograd.Function):
         return None if q is None else q_out, k_out
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("rope_qk_norm")
     def backward(ctx, grad_q, grad_k):
         q, k, cos, sin, q_weight, k_weight = ctx.saved_tensors
         want_q, want_k, _, _, want_q_weight, want_k_weight = ctx.needs_input_grad[:6]

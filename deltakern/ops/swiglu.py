@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
+from deltakern.ops._once import once_differentiable
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ class _SwiGLU(torch.autograd.Function):
         return _forward(gate_up)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("swiglu")
     def backward(ctx, d_out):
         return _backward(*ctx.saved_tensors, d_out)
 

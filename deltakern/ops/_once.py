@@ -1,0 +1,50 @@
+"""Gradients that are differentiated once: what every autograd.Function of the package declares of its backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class _Refusal(torch.autograd.Function):
+    """A gradient that raises where it is itself differentiated."""
+
+    @staticmethod
+    def forward(ctx, gradient, name, *_):
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.name}: a second derivative is not supported; impl='reference' has one")
+
+
+def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the backward of op ``name``: what it returns raises where it is differentiated again.
+
+    ``torch.autograd.function.once_differentiable`` lets a second derivative be a constant, in silence, where the incoming gradient
+    needs none, as that of ``out.sum()`` does: what was saved carries no graph, and its term is lost. Under torch.compile torch
+    itself refuses a second derivative.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx, *grads):
+            # Grad mode is on where the caller asked for create_graph.
+            twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not twice:
+                return found
+            found = found if isinstance(found, tuple) else (found,)
+            # What the gradient depends on goes in too, so that the refusal lies on every way to it. detach, because a gradient
+            # may be the incoming one, whose flag is not ours to set.
+            beside = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+            return tuple(None if g is None else _Refusal.apply(g.detach().requires_grad_(), name, *beside) for g in found)
+
+        return run
+
+    return decorate
