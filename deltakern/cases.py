@@ -209,6 +209,33 @@ _residual_norm("vit-large", (64, 1025, 1024), REAL, stream=torch.float32)
 _residual_norm("vit-huge", (64, 1025, 1280), REAL, stream=torch.float32)
 
 
+# --- layer_norm ------------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(
+    name: str, shape: tuple[int, ...], tags: frozenset[str], *, bias: bool = True, stream: torch.dtype | None = torch.float32
+) -> None:
+    """``stream`` is x's dtype where it is not the output's."""
+
+    def make(dtype, device, generator, shrink):
+        vectors = [normal(shape[-1:], torch.float32, device, generator) for _ in range(1 + bias)]
+        x = normal((shrunk(shape[0], shrink), *shape[1:]), stream or dtype, device, generator)
+        return (x, vectors[0], vectors[1] if bias else None), {"out_dtype": dtype}
+
+    count = math.prod(shape)
+    wanted = (0, 1, 2) if bias else (0, 1)
+    add(Case("layer_norm", name, make, wanted, lambda dtype: nbytes((count, stream or dtype), (count, dtype)), 8 * count, tags))
+
+
+_layer_norm("odd", (3, 5, 37), TINY, stream=None)
+_layer_norm("float32-stream", (4, 3, 2, 24), TINY)
+_layer_norm("no-bias", (11, 65), TINY, bias=False)
+_layer_norm("encoder-512", (64, 2049, 768), TIMED)
+_layer_norm("backbone-512-frozen", (128, 1029, 768), REAL)
+_layer_norm("vit-large", (64, 1025, 1024), REAL)
+_layer_norm("vit-huge", (64, 1025, 1280), REAL, stream=None)
+
+
 # --- gelu, swiglu ----------------------------------------------------------------------------------------------------------
 
 

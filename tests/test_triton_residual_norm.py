@@ -7,7 +7,7 @@ import torch
 from compare import assert_as_accurate
 
 from deltakern import backend
-from deltakern.ops import _triton, residual_norm
+from deltakern.ops import _triton, layer_norm, residual_norm
 
 
 def make(device: torch.device, shape: tuple[int, ...] = (3, 5, 24), dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -31,6 +31,27 @@ def test_keeps_stream_branch_and_two_numbers_a_row(device: torch.device) -> None
         stream, _ = residual_norm(*args, impl="triton")
     own = [t for t in kept if all(t.data_ptr() != a.data_ptr() for a in (*args, stream))]
     assert [t.numel() for t in own] == [2 * stream[..., 0].numel()]
+
+
+def test_without_a_scale_the_branch_is_not_kept(device: torch.device) -> None:
+    stream, branch, _, weight, bias = (t.requires_grad_() for t in make(device))
+    for vectors in ((weight, bias), (None, None)):
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            total, _ = residual_norm(stream, branch, None, *vectors, impl="triton")
+        large = [t for t in kept if t.numel() >= total.numel()]
+        assert [t.data_ptr() for t in large] == ([total.data_ptr()] if vectors[0] is not None else [])
+
+
+def test_layer_norm_makes_the_second_output_again(device: torch.device) -> None:
+    """From the first, bit for bit, in any dtype; and no other kernel is needed."""
+    for stream_dtype, out_dtype in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+        stream, branch, *vectors = make(device, (3, 5, 770))
+        total, normed = residual_norm(stream.to(stream_dtype), branch.bfloat16(), *vectors, out_dtype=out_dtype, impl="triton")
+        with _triton.count_launches() as launches:
+            again = layer_norm(total, *vectors[1:], out_dtype=out_dtype, impl="triton")
+        assert torch.equal(again, normed)
+        assert launches == {"residual_norm_forward_kernel": 1}
 
 
 def test_no_norm_hands_the_streams_gradient_on(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from deltakern.ops.context_attention import context_attention
 from deltakern.ops.delta_pool import delta_pool
 from deltakern.ops.gelu import gelu
 from deltakern.ops.head_gate import head_gate
+from deltakern.ops.layer_norm import layer_norm
 from deltakern.ops.patch_delta import patch_delta
 from deltakern.ops.recon_loss import recon_loss
 from deltakern.ops.residual_norm import residual_norm
@@ -25,6 +26,7 @@ __all__ = [
     "delta_pool",
     "gelu",
     "head_gate",
+    "layer_norm",
     "patch_delta",
     "recon_loss",
     "residual_norm",

@@ -8,7 +8,8 @@ Formula::
 Shapes: stream, branch (..., D); scale, weight, bias (D,). ``scale=None`` stands for ones (LayerScale folded into the
 projection); ``weight=None`` (then ``bias=None``) leaves the norm out and returns ``(stream', None)``.
 Dtypes: stream float32 or bfloat16 (float16, float64), branch any of them; accumulated in float32 (float64 for float64).
-Gradient: stream, branch, scale, weight, bias, from both outputs.
+Gradient: stream, branch, scale, weight, bias, from both outputs. ``stream'`` is kept for the norm's and the branch for the
+scale's; without a scale the branch is not.
 Determinism: partial sums for scale, weight and bias are added in a fixed order; the same inputs give the same bits.
 Source: DINOv3ViTLayer's LayerScale and residual with the LayerNorm that follows, as the released DeltaTok runs them.
 """
@@ -82,17 +83,18 @@ _forward = _triton.define(
 )
 
 
-def _backward_fake(total, branch, scale, weight, statistics, d_total, d_normed, want_stream, want_branch, want_scale, want_weight):
+def _backward_fake(total, branch, scale, weight, statistics, d_total, d_normed, branch_dtype, want_stream, want_scale, want_weight):
+    like = d_total if total is None else total
     return (
-        total.new_empty(total.shape if want_stream else 0),
-        branch.new_empty(branch.shape if want_branch else 0),
-        total.new_empty((3, total.shape[-1]), dtype=torch.float32),
+        like.new_empty(like.shape if want_stream else 0),
+        like.new_empty(like.shape if branch_dtype else 0, dtype=branch_dtype or torch.float32),
+        like.new_empty((3, like.shape[-1]), dtype=torch.float32),
     )
 
 
 _backward = _triton.define(
-    "residual_norm_backward(Tensor total, Tensor branch, Tensor? scale, Tensor? weight, Tensor statistics, Tensor? d_total,"
-    " Tensor? d_normed, bool want_stream, bool want_branch, bool want_scale, bool want_weight) -> (Tensor, Tensor, Tensor)",
+    "residual_norm_backward(Tensor? total, Tensor? branch, Tensor? scale, Tensor? weight, Tensor? statistics, Tensor? d_total,"
+    " Tensor? d_normed, ScalarType? branch_dtype, bool want_stream, bool want_scale, bool want_weight) -> (Tensor, Tensor, Tensor)",
     module="residual_norm",
     fake=_backward_fake,
 )
@@ -103,29 +105,32 @@ class _ResidualNorm(torch.autograd.Function):
     def forward(ctx, stream, branch, scale, weight, bias, eps, out_dtype):
         total, normed, statistics = _forward(stream, branch, scale, weight, bias, eps, out_dtype)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(total, branch, scale, weight, statistics)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return total, None if weight is None else normed
+        # The norm's gradient needs the sum, the scale's the branch; nothing else does.
+        norm, scaled = weight is not None, scale is not None and ctx.needs_input_grad[2]
+        kept = (total if norm else None, branch if scaled else None, scale, weight, statistics if norm else None)
+        ctx.save_for_backward(*kept)
+        ctx.dtypes = stream.dtype, branch.dtype, None if bias is None else bias.dtype
+        return total, normed if norm else None
 
     @staticmethod
     @once_differentiable("residual_norm")
     def backward(ctx, d_total, d_normed):
         total, branch, scale, weight, statistics = ctx.saved_tensors
+        stream_dtype, branch_dtype, bias_dtype = ctx.dtypes
         want_stream, want_branch, want_scale, want_weight, want_bias, _, _ = ctx.needs_input_grad
         if d_total is None and d_normed is None:
             return (None,) * 7
         # The branch's gradient is the stream's where no scale stands between them and the dtypes agree, and the stream's is
         # the incoming one where nothing was normed: one tensor then serves for both, as in torch's own addition.
         passed = d_total if d_normed is None else None
-        shared = scale is None and branch.dtype == total.dtype
+        shared = scale is None and branch_dtype == stream_dtype
         kernel_stream = passed is None and (want_stream or (want_branch and shared))
-        kernel_branch = want_branch and not shared
-        want_scale = want_scale and scale is not None
+        kernel_branch = branch_dtype if want_branch and not shared else None
         want_affine = (want_weight or want_bias) and d_normed is not None
         d_stream, d_branch, sums = passed, None, None
         if kernel_stream or kernel_branch or want_scale or want_affine:
             made, d_branch, sums = _backward(
-                total, branch, scale, weight, statistics, d_total, d_normed, kernel_stream, kernel_branch, want_scale, want_affine
+                total, branch, scale, weight, statistics, d_total, d_normed, kernel_branch, kernel_stream, want_scale, want_affine
             )
             d_stream = made if kernel_stream else passed
         if want_branch and shared:
@@ -135,7 +140,7 @@ class _ResidualNorm(torch.autograd.Function):
             d_branch if want_branch else None,
             sums[0].to(scale.dtype) if want_scale else None,
             sums[1].to(weight.dtype) if want_affine and want_weight else None,
-            sums[2].to(ctx.bias_dtype) if want_affine and want_bias else None,
+            sums[2].to(bias_dtype) if want_affine and want_bias else None,
             None,
             None,
         )

@@ -1,6 +1,7 @@
 """Kernels of ``residual_norm``. A tile holds whole rows, so the stream is read once and both outputs are written from registers.
 
-The backward keeps nothing but the stream as stored, the branch, and two float32 statistics a row.
+The backward keeps nothing but the stream as stored, the branch where the scale has a gradient, and two float32 statistics a row.
+``layer_norm``, the same without a branch, has its launchers here too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from deltakern.ops.kernels.tiles import tile
 def residual_norm_forward_kernel(
     stream, branch, scale, weight, bias, total, normed, statistics,
     count, inner, stream_outer, stream_inner, branch_outer, branch_inner, eps,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -27,14 +29,15 @@ def residual_norm_forward_kernel(
     mask = live[:, None] & inside[None, :]
     here = row.to(tl.int64) * WIDTH  # the outputs are contiguous
 
-    x = load_rows(branch, row_offsets(row, inner, branch_outer, branch_inner), column, mask)
-    if HAS_SCALE:
-        x = x * tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    x += load_rows(stream, row_offsets(row, inner, stream_outer, stream_inner), column, mask)
-    stored = x.to(total.dtype.element_ty)
-    tl.store(total + here[:, None] + column[None, :], stored, mask=mask)
-    if HAS_NORM:
+    x = load_rows(stream, row_offsets(row, inner, stream_outer, stream_inner), column, mask)
+    if HAS_BRANCH:
+        z = load_rows(branch, row_offsets(row, inner, branch_outer, branch_inner), column, mask)
+        if HAS_SCALE:
+            z = z * tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        stored = (z + x).to(total.dtype.element_ty)
+        tl.store(total + here[:, None] + column[None, :], stored, mask=mask)
         x = stored.to(tl.float32)
+    if HAS_NORM:
         mean, rstd = row_statistics(x, mask, tl.cast(eps, tl.float32), WIDTH)
         tl.store(statistics + row, mean, mask=live)
         tl.store(statistics + count + row, rstd, mask=live)
@@ -125,44 +128,70 @@ def residual_norm_forward(
         residual_norm_forward_kernel, (triton.cdiv(count, size.rows),), size,
         s, b, *map(_dense, (scale, weight, bias)), total, normed, statistics,
         count, s.shape[1], s.stride(0), s.stride(1), b.stride(0), b.stride(1), eps,
-        WIDTH=width, ROWS=size.rows, BLOCK=size.block, HAS_SCALE=scale is not None, HAS_NORM=norm, HAS_BIAS=bias is not None,
+        WIDTH=width, ROWS=size.rows, BLOCK=size.block,
+        HAS_BRANCH=True, HAS_SCALE=scale is not None, HAS_NORM=norm, HAS_BIAS=bias is not None,
     )  # fmt: skip
     return total, normed, statistics
 
 
+def layer_norm_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(normed, statistics)``, the bits of ``residual_norm``'s for a stream that is ``x`` as stored."""
+    width = x.shape[-1]
+    count = x[..., 0].numel()
+    normed = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    statistics = torch.empty((2, count), dtype=torch.float32, device=x.device)
+    s = _triton.rows(x)
+    size = tile("residual_norm_forward", width, x.dtype, _triton.architecture(x.device))
+    _triton.launch(
+        residual_norm_forward_kernel, (triton.cdiv(count, size.rows),), size,
+        s, s, None, *map(_dense, (weight, bias)), s, normed, statistics,
+        count, s.shape[1], s.stride(0), s.stride(1), s.stride(0), s.stride(1), eps,
+        WIDTH=width, ROWS=size.rows, BLOCK=size.block, HAS_BRANCH=False, HAS_SCALE=False, HAS_NORM=True, HAS_BIAS=bias is not None,
+    )  # fmt: skip
+    return normed, statistics
+
+
 def residual_norm_backward(
-    total: torch.Tensor,
-    branch: torch.Tensor,
+    total: torch.Tensor | None,
+    branch: torch.Tensor | None,
     scale: torch.Tensor | None,
     weight: torch.Tensor | None,
-    statistics: torch.Tensor,
+    statistics: torch.Tensor | None,
     d_total: torch.Tensor | None,
     d_normed: torch.Tensor | None,
+    branch_dtype: torch.dtype | None,
     want_stream: bool,
-    want_branch: bool,
     want_scale: bool,
     want_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(d_stream, d_branch, sums)``, the sums (3, D) float32 of scale, weight and bias; what is not wanted is empty."""
-    width, device = total.shape[-1], total.device
-    count = total[..., 0].numel()
+    """``(d_stream, d_branch, sums)``, the sums (3, D) float32 of scale, weight and bias; what is not wanted is empty.
+
+    total, weight and statistics go with d_normed, the branch with its scale's gradient; the branch's own has ``branch_dtype``.
+    """
+    like = d_total if total is None else total
+    width, device = like.shape[-1], like.device
+    count = like[..., 0].numel()
     norm = d_normed is not None
-    d_stream = torch.empty(total.shape if want_stream else (0,), dtype=total.dtype, device=device)
-    d_branch = torch.empty(branch.shape if want_branch else (0,), dtype=branch.dtype, device=device)
-    size = tile("residual_norm_backward", width, total.dtype, _triton.architecture(device))
+    d_stream = torch.empty(like.shape if want_stream else (0,), dtype=like.dtype, device=device)
+    d_branch = torch.empty(like.shape if branch_dtype else (0,), dtype=branch_dtype or torch.float32, device=device)
+    size = tile("residual_norm_backward", width, like.dtype, _triton.architecture(device))
     tiles = triton.cdiv(count, size.rows)
     programs = _triton.programs(device, size, tiles)
     sums = want_scale or (want_weight and norm)
     partials = torch.empty((programs if sums else 0, 3, width), dtype=torch.float32, device=device)
-    t, b = total.contiguous(), _triton.rows(branch)
-    dt = b if d_total is None else _triton.rows(d_total)
-    dn = _triton.rows(d_normed) if norm else b
+    # A tensor that is not read is stood for by one that is there.
+    dt = _triton.rows(d_normed if d_total is None else d_total)
+    dn = _triton.rows(d_normed) if norm else dt
+    t = total.contiguous() if norm else dt
+    b = _triton.rows(branch) if want_scale else dt
     _triton.launch(
         residual_norm_backward_kernel, (programs,), size,
         t, b, _dense(scale), _dense(weight), statistics, dt, dn, d_stream, d_branch, partials,
-        count, b.shape[1], b.stride(0), b.stride(1), dt.stride(0), dt.stride(1), dn.stride(0), dn.stride(1),
+        count, dt.shape[1], b.stride(0), b.stride(1), dt.stride(0), dt.stride(1), dn.stride(0), dn.stride(1),
         triton.cdiv(tiles, programs) * size.rows,
         WIDTH=width, ROWS=size.rows, BLOCK=size.block, HAS_SCALE=scale is not None, HAS_NORM=norm, HAS_D_TOTAL=d_total is not None,
-        STREAM=want_stream, BRANCH=want_branch, SCALE=want_scale, WEIGHT=want_weight and norm,
+        STREAM=want_stream, BRANCH=branch_dtype is not None, SCALE=want_scale, WEIGHT=want_weight and norm,
     )  # fmt: skip
     return d_stream, d_branch, partials.sum(0)
