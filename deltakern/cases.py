@@ -366,6 +366,56 @@ _rope_qk_norm("vit-large", 64, 1024, 16, 64, REAL, frames=2)
 _rope_qk_norm("vit-huge", 64, 1024, 20, 64, REAL, frames=2)
 
 
+# --- split_qkv -------------------------------------------------------------------------------------------------------------
+
+
+def _split_qkv(
+    name: str,
+    batch: int,
+    patches: int,
+    heads: int,
+    head: int,
+    tags: frozenset[str],
+    *,
+    order: str = "pre_rope",
+    prefix: int = 1,
+    frames: int = 1,
+    norm: bool = True,
+    gated: bool = True,
+) -> None:
+    def make(dtype, device, generator, shrink):
+        count = min(patches, 5 + shrunk(patches, shrink))
+        channels = 3 * heads * head + (rounded_up(heads, 16) if gated else 0)
+        packed = normal((shrunk(batch, shrink), prefix + frames * count, channels), dtype, device, generator)
+        angles = 6 * normal((count, head // 2), torch.float32, device, generator).repeat(1, 2)
+        weights = [1 + 0.1 * normal((head,), torch.float32, device, generator) for _ in range(2)] if norm else [None, None]
+        return (packed, angles.cos(), angles.sin(), *weights), {"heads": heads, "gated": gated, "order": order, "num_prefix": prefix}
+
+    rotated = 2 * batch * (prefix + frames * patches) * heads * head  # v and the gate's logits are views: nothing is moved
+    add(
+        Case(
+            "split_qkv",
+            name,
+            make,
+            (0, 3, 4) if norm else (0,),
+            lambda dtype: nbytes((2 * rotated, dtype), (2 * patches * head, torch.float32)),
+            (10 if norm else 3) * rotated,
+            tags,
+        )
+    )
+
+
+_split_qkv("pair", 3, 9, 3, 10, TINY, frames=2)
+_split_qkv("post-rope", 3, 7, 2, 8, TINY, order="post_rope", gated=False)
+_split_qkv("no-norm", 2, 5, 3, 4, TINY, prefix=5, norm=False)
+_split_qkv("encoder-512", 64, 1024, 12, 64, TIMED, frames=2)
+_split_qkv("encoder-512-post-rope", 64, 1024, 12, 64, REAL, order="post_rope", frames=2)
+_split_qkv("decoder-512", 64, 1024, 12, 64, TIMED)
+_split_qkv("backbone-512", 128, 1024, 12, 64, REAL, prefix=5, norm=False, gated=False)
+_split_qkv("vit-large", 64, 1024, 16, 64, REAL, frames=2)
+_split_qkv("vit-huge", 64, 1024, 20, 64, REAL, frames=2)
+
+
 # --- head_gate -------------------------------------------------------------------------------------------------------------
 
 

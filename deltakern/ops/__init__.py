@@ -16,6 +16,7 @@ from deltakern.ops.patch_delta import patch_delta
 from deltakern.ops.recon_loss import recon_loss
 from deltakern.ops.residual_norm import residual_norm
 from deltakern.ops.rope_qk_norm import rope_qk_norm
+from deltakern.ops.split_qkv import split_qkv
 from deltakern.ops.swiglu import swiglu
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "recon_loss",
     "residual_norm",
     "rope_qk_norm",
+    "split_qkv",
     "swiglu",
 ]

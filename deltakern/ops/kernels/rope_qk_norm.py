@@ -1,7 +1,8 @@
 """Kernels of ``rope_qk_norm``. A row is a token and a head; its halves, which rotate into each other, are two tiles.
 
 q and k go through one launch and read the table once. A token's place in the table is its number modulo N, so the doubled
-table of a pair of frames does not exist. The backward recomputes from the projection and keeps nothing.
+table of a pair of frames does not exist. The backward recomputes from the projection and keeps nothing. ``split_qkv`` runs
+these kernels too, the backward into its packed gradient.
 """
 
 from __future__ import annotations
@@ -134,11 +135,14 @@ def _backward(
 @triton.jit
 def rope_qk_norm_backward_kernel(
     k, q, cos, sin, q_weight, k_weight, grad_q, grad_k, dq, dk, partials, length, prefix, period, eps, tiles, each,
-    q_b, q_l, q_h, k_b, k_l, k_h, grad_q_b, grad_q_l, grad_q_h, grad_k_b, grad_k_l, grad_k_h, cos_stride, sin_stride,
+    q_b, q_l, q_h, k_b, k_l, k_h, grad_q_b, grad_q_l, grad_q_h, grad_k_b, grad_k_l, grad_k_h, out_b, out_l, cos_stride, sin_stride,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
     PRE: tl.constexpr, DO_Q: tl.constexpr, DO_K: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
 ):  # fmt: skip
-    """Program p walks over the tiles p * each and on; partials (programs, 2, d) are its sums for the weights of q and of k."""
+    """Program p walks over the tiles p * each and on; partials (programs, 2, d) are its sums for the weights of q and of k.
+
+    out_b and out_l are the strides of dq and of dk, whose heads are neighbours.
+    """
     eps = tl.cast(eps, tl.float32)
     half: tl.constexpr = WIDTH // 2
     per_clip = tl.cdiv(length * HEADS, ROWS)
@@ -154,7 +158,7 @@ def rope_qk_norm_backward_kernel(
         mask = (row < length * HEADS)[:, None] & (column < half)[None, :]
         c1, c2, s1, s2 = _load_table(cos, sin, row // HEADS, prefix, period, cos_stride, sin_stride, column, half, mask)
         token, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
-        here = (clip * length * HEADS + row) * WIDTH
+        here = clip * out_b + token * out_l + head * WIDTH
         if DO_Q:
             offsets = clip * q_b + token * q_l + head * q_h
             upstream = clip * grad_q_b + token * grad_q_l + head * grad_q_h
@@ -216,12 +220,60 @@ def rope_qk_norm_backward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(dq, dk, sums)``, the sums (2, d) float32 of the weights of q and of k; what has no incoming gradient is empty, or zero."""
+    do_q, do_k = q is not None and grad_q is not None, grad_k is not None
+    dq = torch.empty(q.shape if do_q else (0,), dtype=q.dtype if do_q else k.dtype, device=k.device)
+    dk = torch.empty(k.shape if do_k else (0,), dtype=k.dtype, device=k.device)
+    where = dq if do_q else dk
+    out = where.stride()[:2] if do_q or do_k else (0, 0)
+    options = (pre_rope, num_prefix, eps)
+    return dq, dk, _backward_into(dq, dk, out, q, k, cos, sin, q_weight, k_weight, grad_q if do_q else None, grad_k, *options)
+
+
+def split_qkv_backward(
+    packed: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    grad_q: torch.Tensor | None,
+    grad_k: torch.Tensor | None,
+    grad_v: torch.Tensor | None,
+    grad_gate: torch.Tensor | None,
+    heads: int,
+    pre_rope: bool,
+    num_prefix: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(d_packed, sums)``: q's and k's gradients are written where they belong, v's and the gate's are copied there."""
+    d_packed = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+    width = heads * cos.shape[1]
+    q, k, dq, dk, dv = (
+        t[..., i * width : (i + 1) * width].unflatten(-1, (heads, -1)) for t, i in ((packed, 0), (packed, 1), *((d_packed, i) for i in range(3)))
+    )
+    for to, grad in ((dq, grad_q), (dk, grad_k)):
+        if grad is None:
+            to.zero_()
+    if grad_v is None:
+        dv.zero_()
+    else:
+        dv.copy_(grad_v)
+    rest = d_packed[..., 3 * width :]  # the gate's logits, and the columns of zero weights that fill the row
+    if grad_gate is None:
+        rest.zero_()
+    else:
+        rest[..., :heads].copy_(grad_gate)
+        rest[..., heads:].zero_()
+    options = (pre_rope, num_prefix, eps)
+    out = d_packed.stride()[:2]
+    return d_packed, _backward_into(dq, dk, out, q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, *options)
+
+
+def _backward_into(dq, dk, out, q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, pre_rope, num_prefix, eps) -> torch.Tensor:
+    """Fills dq and dk, whose strides of clips and tokens are ``out``, where there is a gradient; returns the weights' sums (2, d)."""
     batch, length, heads, width = k.shape
-    device, do_q, do_k = k.device, q is not None and grad_q is not None, grad_k is not None
-    dq = torch.empty(q.shape if do_q else (0,), dtype=q.dtype if do_q else k.dtype, device=device)
-    dk = torch.empty(k.shape if do_k else (0,), dtype=k.dtype, device=device)
+    device, do_q, do_k = k.device, grad_q is not None, grad_k is not None
     size = tile("rope_qk_norm_backward", width, k.dtype, _triton.architecture(device))
-    tiles = batch * triton.cdiv(length * heads, size.rows)
+    tiles = batch * triton.cdiv(length * heads, size.rows) if do_q or do_k else 0
     programs = _triton.programs(device, size, tiles)
     partials = torch.empty((programs if tiles else 0, 2, width), dtype=torch.float32, device=device)
     k, cos, sin = _triton.unit(k), _triton.unit(cos), _triton.unit(sin)
@@ -232,8 +284,8 @@ def rope_qk_norm_backward(
         rope_qk_norm_backward_kernel, (programs if tiles else 0,), size,
         k, q_in, cos, sin, q_weight, k_weight, g_q, g_k, dq, dk, partials,
         length, num_prefix, cos.shape[0], eps, tiles, triton.cdiv(tiles, programs),
-        *q_in.stride()[:3], *k.stride()[:3], *g_q.stride()[:3], *g_k.stride()[:3], cos.stride(0), sin.stride(0),
+        *q_in.stride()[:3], *k.stride()[:3], *g_q.stride()[:3], *g_k.stride()[:3], *out, cos.stride(0), sin.stride(0),
         HEADS=heads, WIDTH=width, ROWS=size.rows, HALF=size.block // 2,
         PRE=pre_rope, DO_Q=do_q, DO_K=do_k, NORM_Q=q_weight is not None, NORM_K=k_weight is not None,
     )  # fmt: skip
-    return dq, dk, partials.sum(0)
+    return partials.sum(0)
