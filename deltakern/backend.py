@@ -239,6 +239,11 @@ def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:
     return _choose(function.op.name, impl, facts.device, facts.dtypes, facts.note)
 
 
+def chosen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The implementation that ``function(*args, **kwargs)`` takes, to be named in a later call that must take the same."""
+    return choose(function, "auto", function.op.facts(*args, **kwargs))
+
+
 def explain(function: Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
     """Says which implementation ``function(*args, **kwargs)`` would take and why, without running it.
 

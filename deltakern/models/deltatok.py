@@ -59,6 +59,7 @@ class DeltaTok(nn.Module):
         savings: which needless work to leave out.
         residual_dtype: of the residual stream; None promotes the features' and the parameters' (float32 under autocast).
         attention: see :func:`deltakern.nn.attend`.
+        recompute: what the backward makes again instead of keeping it, see :class:`deltakern.nn.Block`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class DeltaTok(nn.Module):
         savings: Savings | None = None,
         residual_dtype: torch.dtype | None = None,
         attention: str = "auto",
+        recompute: str = "auto",
     ) -> None:
         super().__init__()
         check_positive(num_hidden_layers=num_hidden_layers, intermediate_size=intermediate_size)
@@ -112,6 +114,7 @@ class DeltaTok(nn.Module):
                     gated=use_gated_attn,
                     layer_scale_init=layer_scale_init,
                     attention=attention,
+                    recompute=recompute,
                 )
                 for _ in range(num_hidden_layers)
             )

@@ -379,7 +379,7 @@ def _first_block(block: Block, z: torch.Tensor, x: torch.Tensor, rope: Rope, str
     """
     attention, samples, patches = block.attention, z.shape[1], x.shape[1]
     dtype = compute_dtype(block.norm1.weight.device.type, block.norm1.weight.dtype)
-    (fold1, left1), (fold2, left2) = block._scales()
+    (fold1, left1), (fold2, left2) = block._scales(dtype)
     stream = torch.cat((z.to(stream_dtype), x.to(stream_dtype)), 1)
     stream, normed = add_and_norm(Residual(stream), block.norm1, dtype)
 

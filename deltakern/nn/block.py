@@ -8,7 +8,8 @@ the LayerNorm, so that sharding a model block by block (FSDP), compiling or chec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from deltakern import backend, ops
 from deltakern.nn.attend import attend, check_backend
 from deltakern.nn.packing import PackedModule, compute_dtype
 from deltakern.nn.product import evaluates, fuses, product
+from deltakern.nn.recompute import Fleeting, apply, check_mode, recomputes
 
 QK_NORM_ORDERS = ("pre_rope", "post_rope")
 
@@ -74,8 +76,7 @@ def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torc
             stream_dtype=entry.stream_dtype,
         )
     if entry.branch is None:
-        normed = F.layer_norm(entry.stream.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        return entry.stream, normed.to(out_dtype or entry.stream.dtype)
+        return entry.stream, ops.layer_norm(entry.stream, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
     return ops.residual_norm(entry.stream, entry.branch, entry.scale, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
 
 
@@ -90,6 +91,13 @@ def spread_rope(rope: Rope, num_prefix: int, length: int) -> tuple[Rope, int]:
     repeats = (length - num_prefix) // rope[0].shape[0]
     cos, sin = rope if repeats == 1 else (t.repeat(repeats, 1) for t in rope)
     return (F.pad(cos, (0, 0, num_prefix, 0), value=1.0), F.pad(sin, (0, 0, num_prefix, 0))), 0
+
+
+def norm_again(stream: torch.Tensor, normed: torch.Tensor, norm: nn.LayerNorm) -> Fleeting:
+    """The second of what :func:`add_and_norm` returns, to be made again from the first."""
+    made_of = stream, norm.weight, norm.bias
+    impl = backend.chosen(ops.layer_norm, *made_of, out_dtype=normed.dtype)
+    return Fleeting(normed, functools.partial(ops.layer_norm, eps=norm.eps, out_dtype=normed.dtype, impl=impl), made_of)
 
 
 class LayerScale(nn.Module):
@@ -108,10 +116,19 @@ class MLP(PackedModule):
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
 
-    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None, plus: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it."""
-        dtype = compute_dtype(normed.device.type, self.up_proj.weight.dtype)
-        hidden = product(self, "up", (self.up_proj.weight, self.up_proj.bias), dtype, lambda *p: p, normed, activation="gelu")
+    def forward(
+        self,
+        normed: torch.Tensor | Fleeting,
+        scale: torch.Tensor | None = None,
+        plus: torch.Tensor | None = None,
+        *,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it.
+        ``recompute``: the hidden layer is made again in the backward."""
+        dtype = compute_dtype(self.up_proj.weight.device.type, self.up_proj.weight.dtype)
+        up = functools.partial(product, self, "up", (self.up_proj.weight, self.up_proj.bias), dtype, lambda *p: p, normed)
+        hidden = apply(ops.gelu, up(), recompute=True) if recompute else up(activation="gelu")
         return _down(self, hidden, scale, plus, dtype)
 
 
@@ -124,15 +141,23 @@ class SwiGLU(PackedModule):
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
 
-    def forward(self, normed: torch.Tensor, scale: torch.Tensor | None = None, plus: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it."""
-        dtype = compute_dtype(normed.device.type, self.up_proj.weight.dtype)
+    def forward(
+        self,
+        normed: torch.Tensor | Fleeting,
+        scale: torch.Tensor | None = None,
+        plus: torch.Tensor | None = None,
+        *,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it.
+        ``recompute``: the hidden layer is made again in the backward."""
+        dtype = compute_dtype(self.up_proj.weight.device.type, self.up_proj.weight.dtype)
         gate, up = (self.gate_proj.weight, self.gate_proj.bias), (self.up_proj.weight, self.up_proj.bias)
-        if fuses(self, normed, gate, dtype):  # both activations ride on the products, so nothing is gained by packing them
+        if not recompute and fuses(self, normed, gate, dtype):  # both activations ride on the products, so nothing is gained by packing them
             hidden = product(self, "gate", gate, dtype, lambda *p: p, normed, activation="silu")
             hidden = product(self, "up", up, dtype, lambda *p: p, normed, times=hidden)
         else:
-            hidden = ops.swiglu(product(self, "gate_up", (*gate, *up), dtype, _pack_gate_up, normed))
+            hidden = apply(ops.swiglu, product(self, "gate_up", (*gate, *up), dtype, _pack_gate_up, normed), recompute=recompute)
         return _down(self, hidden, scale, plus, dtype)
 
 
@@ -148,7 +173,7 @@ def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | N
 
 
 def _down(
-    mlp: PackedModule, hidden: torch.Tensor, scale: torch.Tensor | None, plus: torch.Tensor | None, dtype: torch.dtype
+    mlp: PackedModule, hidden: torch.Tensor | Fleeting, scale: torch.Tensor | None, plus: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     return product(mlp, "down", (mlp.down_proj.weight, mlp.down_proj.bias, scale), dtype, fold_scale, hidden, plus=plus)
 
@@ -190,7 +215,7 @@ class SelfAttention(PackedModule):
             return self.q_norm_prerope.weight, self.k_norm_prerope.weight
         return self.q_norm.weight, self.k_norm.weight
 
-    def _project_together(self, normed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _project_together(self, normed: torch.Tensor | Fleeting, dtype: torch.dtype) -> torch.Tensor:
         """q, k, v and the gate's logits as one product, (B,L,3D [+ H + padding]).
 
         Zero rows fill the gate up to a multiple of 16, so that every row of the product begins at a multiple of 32 bytes and
@@ -213,12 +238,11 @@ class SelfAttention(PackedModule):
         self, normed: torch.Tensor, rope: Rope, *, num_prefix: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """q and k, rotated and normed, and v, each (B,L,H,d), and the gate's logits (B,L,H) or None, of tokens (B,L,D)."""
-        width = normed.shape[-1]
-        together = self._project_together(normed, dtype)
-        q, k, v, gate = together.split((width, width, width, together.shape[-1] - 3 * width), -1)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
-        q, k = ops.rope_qk_norm(q, k, *rope, *self.norm_weights(), order=self.qk_norm or "pre_rope", num_prefix=num_prefix, eps=self.eps)
-        return q, k, v, gate[..., : self.num_heads] if self.gated else None
+        return self._split(num_prefix)(self._project_together(normed, dtype), *rope, *self.norm_weights())
+
+    def _split(self, num_prefix: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        order = self.qk_norm or "pre_rope"
+        return functools.partial(ops.split_qkv, heads=self.num_heads, gated=self.gated, order=order, num_prefix=num_prefix, eps=self.eps)
 
     def output(
         self,
@@ -227,22 +251,25 @@ class SelfAttention(PackedModule):
         scale: torch.Tensor | None,
         dtype: torch.dtype,
         plus: torch.Tensor | None = None,
+        *,
+        recompute: bool = False,
     ) -> torch.Tensor:
-        """Head gate and output projection of (B,L,H,d), with ``scale`` folded in and ``plus`` (B,L,D) added."""
-        if gate is not None:
-            mixed = ops.head_gate(mixed, gate)
-        parts = (self.o_proj.weight, self.o_proj.bias, scale)
-        return product(self, "o", parts, dtype, fold_scale, mixed.flatten(2), plus=plus)
+        """Head gate and output projection of (B,L,H,d), with ``scale`` folded in and ``plus`` (B,L,D) added.
+        ``recompute``: the gated rows are made again in the backward."""
+        opened = mixed if gate is None else apply(ops.head_gate, mixed, gate, recompute=recompute)
+        flat = opened._replace(value=opened.value.flatten(2)) if isinstance(opened, Fleeting) else opened.flatten(2)
+        return product(self, "o", (self.o_proj.weight, self.o_proj.bias, scale), dtype, fold_scale, flat, plus=plus)
 
     def forward(
         self,
-        normed: torch.Tensor,
+        normed: torch.Tensor | Fleeting,
         rope: Rope,
         *,
         num_prefix: int,
         skip: int = 0,
         scale: torch.Tensor | None = None,
         plus: torch.Tensor | None = None,
+        recompute: bool = False,
     ) -> torch.Tensor:
         """Attention of rows ``skip``.. over all rows.
 
@@ -253,14 +280,25 @@ class SelfAttention(PackedModule):
             skip: leading rows whose output nobody reads.
             scale: (D,) folded into the output projection.
             plus: (B, L - skip, D) added behind it.
+            recompute: rotated q and k, and the gated rows, are made again in the backward.
 
         Returns:
             (B, L - skip, D).
         """
-        dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
-        q, k, v, gate = self.project(normed, rope, num_prefix=num_prefix, dtype=dtype)
-        mixed = attend(q[:, skip:], k, v, backend=self.attention)
-        return self.output(mixed, None if gate is None else gate[:, skip:], scale, dtype, plus)
+        dtype = compute_dtype(self.q_proj.weight.device.type, self.q_proj.weight.dtype)
+        made_of = self._project_together(normed, dtype), *rope, *self.norm_weights()
+        split, again = self._split(num_prefix), None
+        if recompute:
+            split = functools.partial(split, impl=backend.chosen(split.func, *made_of, **split.keywords))
+
+            def make(*made_of: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+                q, k, *_ = split(*made_of)
+                return q[:, skip:], k
+
+            again = make, made_of
+        q, k, v, gate = split(*made_of)
+        mixed = attend(q[:, skip:], k, v, backend=self.attention, again=again)
+        return self.output(mixed, None if gate is None else gate[:, skip:], scale, dtype, plus, recompute=recompute)
 
     def first_row(
         self,
@@ -314,6 +352,13 @@ class Block(nn.Module):
         layer_scale_init: initial LayerScale.
         eps: of every LayerNorm.
         attention: backend of :func:`deltakern.nn.attend.attend`.
+        recompute: "cheap" keeps nothing for the backward that a pass over memory makes again: LayerNorms' outputs, rotated q and
+            k (with SDPA's flash attention), the gated attention, the MLP's hidden layer; gradients keep their bits. "none" keeps them. "auto"
+            is "cheap" where kernels run (a GPU, or Triton's interpreter) and "none" on a CPU with reference ops. Under
+            torch.compile its partitioner decides.
+
+    LayerScale is folded into the projection before it, so that no branch is kept for its gradient; not in float16, where a
+    scale of 1e-5 would take the weights below the smallest number.
     """
 
     def __init__(
@@ -328,8 +373,10 @@ class Block(nn.Module):
         layer_scale_init: float = 1.0,
         eps: float = 1e-5,
         attention: str = "auto",
+        recompute: str = "auto",
     ) -> None:
         super().__init__()
+        self.recompute = check_mode(recompute)
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads, qk_norm=qk_norm, gated=gated, eps=eps, attention=attention)
         self.layer_scale1 = LayerScale(width, layer_scale_init)
@@ -337,11 +384,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden) if swiglu else MLP(width, hidden)
         self.layer_scale2 = LayerScale(width, layer_scale_init)
 
-    def _scales(self) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], tuple[torch.Tensor | None, torch.Tensor | None]]:
+    def _scales(self, dtype: torch.dtype) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], ...]:
         """For each branch (folded into its projection, left to the residual): exactly one of the two is the LayerScale."""
         scales = self.layer_scale1.lambda1, self.layer_scale2.lambda1
-        fold = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
-        return tuple((s, None) if fold else (None, s) for s in scales)
+        return tuple((None, s) if dtype == torch.float16 else (s, None) for s in scales)
 
     def forward(
         self,
@@ -366,7 +412,8 @@ class Block(nn.Module):
             The stream and the MLP's branch, or their sum where the product adds it.
         """
         dtype = compute_dtype(self.norm1.weight.device.type, self.norm1.weight.dtype)
-        (fold1, left1), (fold2, left2) = self._scales()
+        (fold1, left1), (fold2, left2) = self._scales(dtype)
+        recompute = recomputes(self.recompute, self.norm1.weight.device.type)
         stream, normed = add_and_norm(entry, self.norm1, dtype)
         adds = fold1 is not None and evaluates(stream, dtype)
         if rows == "first":
@@ -375,11 +422,16 @@ class Block(nn.Module):
             branch = self.attention.first_row(normed, rope, num_prefix=num_prefix, fold_value=fold_value, scale=fold1, plus=plus)
         else:
             skip = 1 if rows == "rest" else 0
+            if recompute:
+                normed = norm_again(stream, normed, self.norm1)
             stream = stream[:, skip:]
-            branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1, plus=stream if adds else None)
+            plus = stream if adds else None
+            branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1, plus=plus, recompute=recompute)
         if adds:
             stream, normed = add_and_norm(Residual(branch), self.norm2, dtype)
             return Residual(self.mlp(normed, fold2, stream))
         stream, normed = add_and_norm(Residual(stream, branch, left1), self.norm2, dtype)
+        if recompute:
+            normed = norm_again(stream, normed, self.norm2)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
-        return Residual(stream, self.mlp(normed, fold2), None if left2 is None else left2.clone())
+        return Residual(stream, self.mlp(normed, fold2, recompute=recompute), None if left2 is None else left2.clone())

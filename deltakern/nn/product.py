@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from deltakern import backend, ops
 from deltakern.nn.packing import PackedModule
+from deltakern.nn.recompute import Fleeting, linear
 
 WORTHWHILE = 3 << 19
 """Multiply-adds from which oneDNN's product is faster than MKL's for all its dearer call."""
@@ -59,7 +60,7 @@ def product(
     parameters: Sequence[torch.Tensor | None],
     dtype: torch.dtype,
     build: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-    x: torch.Tensor,
+    x: torch.Tensor | Fleeting,
     *,
     activation: str = "none",
     times: torch.Tensor | None = None,
@@ -72,13 +73,15 @@ def product(
         parameters: what weight and bias are made of.
         dtype: of the product.
         build: takes the parameters and returns weight (E,D) and bias (E,) or None.
-        x: (...,D).
+        x: (...,D); one that is made again in the backward is for the product alone.
         activation: "none", "gelu" (exact) or "silu".
         times, plus: (...,E) in ``dtype``; at most one of these and of an activation.
 
     Returns:
         (...,E).
     """
+    if isinstance(x, Fleeting):
+        return linear(x, *module.packed(name, parameters, dtype, build))
     if not fuses(module, x, parameters, dtype):
         out = F.linear(x, *module.packed(name, parameters, dtype, build))
         if activation != "none":
