@@ -84,7 +84,7 @@ def attend(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     with _kernels(backend, q.device.type):
         if again is not None and _takes_flash(q, k, v, scale):
-            out = _FlashAgain.apply(q, k, v, scale, again[0], *sources(again[1]))
+            out = FlashAgain.apply(q, k, v, scale, again[0], *sources(again[1]))
         else:
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2)
@@ -97,7 +97,7 @@ def _takes_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     return torch._fused_sdp_choice(q, k, v, scale=scale) == SDPBackend.FLASH_ATTENTION.value
 
 
-class _FlashAgain(torch.autograd.Function):
+class FlashAgain(torch.autograd.Function):
     """SDPA's flash attention, (B,H,L,d), which keeps neither q nor k: ``make(*made_of)`` is the two, (B,L,H,d)."""
 
     @staticmethod
@@ -117,7 +117,8 @@ class _FlashAgain(torch.autograd.Function):
     @staticmethod
     @once_differentiable("attend")
     def backward(ctx, grad):
-        made_of, (v, out, logsumexp, *rest) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: a checkpoint makes them at the first look, and refuses a second
+        made_of, (v, out, logsumexp, *rest) = saved[: ctx.count], saved[ctx.count :]
         q, k = (t.transpose(1, 2) for t in ctx.make(*made_of))
         kept = (grad, q, k, v, out, logsumexp)
         if not rest:

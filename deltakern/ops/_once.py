@@ -22,6 +22,17 @@ class _Refusal(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}: a second derivative is not supported; impl='reference' has one")
 
 
+class _Opened:
+    """A Function's context whose saved tensors are looked up once: under activation checkpointing a second look raises."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates the backward of op ``name``: what it returns raises where it is differentiated again.
 
@@ -34,11 +45,12 @@ def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..
         @functools.wraps(backward)
         def run(ctx, *grads):
             # Grad mode is on where the caller asked for create_graph.
-            twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                with torch.no_grad():
+                    return backward(ctx, *grads)
+            ctx = _Opened(ctx)
             with torch.no_grad():
                 found = backward(ctx, *grads)
-            if not twice:
-                return found
             found = found if isinstance(found, tuple) else (found,)
             # What the gradient depends on goes in too, so that the refusal lies on every way to it. detach, because a gradient
             # may be the incoming one, whose flag is not ours to set.
