@@ -27,7 +27,8 @@ class Case:
         differentiable: positions in ``args`` that take a gradient.
         bytes_moved: the fewest bytes of the forward pass, every input read and every output written once, for a dtype.
         flops: multiply-adds counted twice, of the forward pass.
-        tags: ``"tiny"`` runs in every test, ``"real"`` is a shape of the released models, ``"benchmark"`` is timed.
+        tags: ``"tiny"`` runs in every test, ``"real"`` is compiled ahead of time: a shape of the released models, or the most that
+            a kernel takes; ``"benchmark"`` is timed; ``"float32"`` is compiled in float32 beside bfloat16.
     """
 
     op: str
@@ -86,7 +87,7 @@ def nbytes(*counts: tuple[int, torch.dtype]) -> int:
     return sum(count * dtype.itemsize for count, dtype in counts)
 
 
-TINY, REAL, TIMED = frozenset({"tiny"}), frozenset({"real"}), frozenset({"real", "benchmark"})
+TINY, REAL, TIMED, WIDE = frozenset({"tiny"}), frozenset({"real"}), frozenset({"real", "benchmark"}), frozenset({"float32"})
 
 
 # --- patch_delta -----------------------------------------------------------------------------------------------------------
@@ -479,6 +480,7 @@ _delta_pool("encoder-512", 64, 2049, 12, 64, 768, TIMED)
 _delta_pool("encoder-256", 128, 513, 12, 64, 768, TIMED)
 _delta_pool("vit-large", 64, 2049, 16, 64, 1024, REAL)
 _delta_pool("vit-huge", 64, 2049, 20, 64, 1280, REAL)
+_delta_pool("widest", 64, 2049, 64, 64, 4096, REAL | WIDE)
 
 
 # --- context_attention -----------------------------------------------------------------------------------------------------
@@ -540,6 +542,8 @@ _context_attention("rollout-own", 16, 1, 20, 4, 12, 64, REAL, rope_size=60, own=
 _context_attention("long-context", 64, 1, 1024, 32, 12, 64, TIMED, rope_size=60)
 _context_attention("vit-large", 64, 7, 256, 7, 16, 64, REAL, rope_size=60, causal=True)
 _context_attention("vit-huge", 64, 7, 256, 7, 20, 64, REAL, rope_size=60, causal=True)
+_context_attention("widest", 64, 1, 256, 16, 6, 128, REAL | WIDE, rope_size=120, own=2)
+_context_attention("widest-context", 64, 1, 256, 32, 6, 128, REAL, rope_size=120, own=2)
 
 
 # --- best_of_n -------------------------------------------------------------------------------------------------------------

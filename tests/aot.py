@@ -2,7 +2,7 @@
 
 What is compiled is what the launchers launch: every case tagged "real" is run forward and backward, on few rows, with
 ``_triton.launch`` noting its arguments instead of starting the kernel and the architecture pretended: in bfloat16, and each
-op's first case in float32 too. A new kernel needs nothing here. Interpreter and compiler cannot share a process, so
+op's first case, and those tagged so, in float32 too. A new kernel needs nothing here. Interpreter and compiler cannot share a process, so
 :func:`report` works in subprocesses without TRITON_INTERPRET.
 """
 
@@ -91,7 +91,8 @@ def _launches() -> list[dict[str, Any]]:
     _triton.architecture = lambda device: current["arch"]
     device = torch.device("cpu")
     mine = {name: cases(name, "real") for name, op in backend.ops().items() if "triton" in op.kernels}
-    chosen = [(case, torch.bfloat16) for real in mine.values() for case in real] + [(real[0], torch.float32) for real in mine.values()]
+    chosen = [(case, torch.bfloat16) for real in mine.values() for case in real]
+    chosen += [(case, torch.float32) for real in mine.values() for case in real if case is real[0] or "float32" in case.tags]
     for arch in ARCHITECTURES:
         for case, dtype in chosen:
             current.update(arch=arch, op=case.op, case=case.name)

@@ -7,6 +7,7 @@ import torch
 from compare import assert_as_accurate
 from kernel_checks import forward_backward, random_cotangents
 
+import deltakern
 from deltakern import ops
 from deltakern.cases import cases
 from deltakern.ops import _triton
@@ -109,3 +110,27 @@ def test_scores_far_apart_do_not_overflow(device: torch.device) -> None:
     out = ops.delta_pool(normed, q, k, scale=1.0, impl="triton")
     truth = ops.delta_pool.reference(normed.double(), q.double(), k.double(), scale=1.0)
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_what_registers_do_not_hold_is_refused_with_the_reason(device: torch.device) -> None:
+    normed, q, k = drawn(1, 3, 65).to(device), drawn(1, 65, 1).to(device), drawn(1, 3, 65, 1).to(device)
+    with pytest.raises(deltakern.BackendError, match="at most 64 heads"):
+        ops.delta_pool(normed, q, k, scale=1.0, impl="triton")
+    times = torch.zeros(1, 17, device=device)
+    for dtype, refused in ((torch.float32, True), (torch.bfloat16, False)):
+        q, k = drawn(1, 2, 1, 72).to(device, dtype), drawn(1, 17, 1, 72).to(device, dtype)
+        if refused:
+            with pytest.raises(deltakern.BackendError, match="at most 16 context tokens of more than 64 channels"):
+                ops.context_attention(q, k, k, times[:, :1], times, impl="triton")
+        else:
+            assert ops.context_attention(q, k, k, times[:, :1], times, impl="triton").isfinite().all()
+
+
+def test_many_heads(device: torch.device) -> None:
+    """More than 32 take smaller tiles."""
+    args = [drawn(2, 70, 66).to(device), drawn(2, 33, 2, seed=1).to(device), drawn(2, 70, 33, 2, seed=2).to(device)]
+    truth = forward_backward(ops.delta_pool.reference, [a.double() for a in args], {"scale": 0.7}, (0, 1, 2), random_cotangents())
+    plain = forward_backward(ops.delta_pool.reference, args, {"scale": 0.7}, (0, 1, 2), random_cotangents())
+    ours = forward_backward(ops.delta_pool, args, {"scale": 0.7, "impl": "triton"}, (0, 1, 2), random_cotangents())
+    for k, p, t in zip((*ours[0], *ours[1]), (*plain[0], *plain[1]), (*truth[0], *truth[1]), strict=True):
+        assert_as_accurate(k, p, t)

@@ -18,7 +18,7 @@ Dtypes: q, k, v float32, bfloat16, float16 (float64 in the reference); times flo
 float32 (float64 for float64, angles too when the times are float64).
 Gradient: q, k, v, own_k, own_v (not the times: a time that requires grad raises).
 Determinism: sums run in a fixed order.
-Kernel: at most 32 context tokens and 128 channels, q, k and v of one dtype; angles in float64 for any times, scores and sums in float32.
+Kernel: at most 32 context tokens (16 of more than 64 channels in float32) and 128 channels, q, k and v of one dtype; angles in float64 for any times, scores and sums in float32.
 Source: Predictor._CrossAttn of the released code with causal_mask; paper, section 3 (DeltaWorld).
 """
 
@@ -100,6 +100,8 @@ def _facts(q, k, v, q_time, k_time, visible=None, *, own_k=None, own_v=None, **_
     note = backend.too_wide(q.shape[-1], 128)
     if k.shape[1] > MOST_TOKENS:
         note = f"the kernel takes at most {MOST_TOKENS} context tokens"
+    elif q.dtype == torch.float32 and q.shape[-1] > 64 and k.shape[1] > MOST_TOKENS // 2:
+        note = f"in float32 the kernel takes at most {MOST_TOKENS // 2} context tokens of more than 64 channels: registers hold no more"
     elif not q.dtype == k.dtype == v.dtype:
         note = "the kernel takes q, k and v of one dtype"
     return backend.Facts(q.device.type, tuple(t.dtype for t in tensors), note)

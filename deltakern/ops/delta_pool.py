@@ -12,6 +12,7 @@ Shapes: normed (B,L,D), q (B,H,d), k (B,L,H,d) -> (B,H,D) in normed's dtype.
 Dtypes: float32, bfloat16, float16 (float64 in the reference); scores, softmax and pooling in float32 (float64 for float64).
 Gradient: normed, q, k; softmax statistics are kept, probabilities are not.
 Determinism: partial results over tokens are combined in a fixed order.
+Kernel: at most 64 heads and 4096 channels.
 Source: exact algebra on DeltaTok.encode of the released code, which forms the whole block and drops all rows but the first.
 """
 
@@ -24,6 +25,10 @@ from deltakern.ops import _triton, _validate
 from deltakern.ops._once import once_differentiable
 
 
+MOST_HEADS = 64
+"""That the kernels take: a program pools for all of them."""
+
+
 def delta_pool_reference(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *, scale: float) -> torch.Tensor:
     """Plain PyTorch. See the module's docstring for the contract."""
     wide = torch.float64 if normed.dtype == torch.float64 else torch.float32
@@ -33,7 +38,10 @@ def delta_pool_reference(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
 
 
 def _facts(normed, q, k, **_) -> backend.Facts:
-    return backend.Facts(normed.device.type, (normed.dtype, q.dtype, k.dtype), backend.too_wide(normed.shape[-1], 4096))
+    note = backend.too_wide(normed.shape[-1], 4096)
+    if q.shape[1] > MOST_HEADS:
+        note = f"the kernel takes at most {MOST_HEADS} heads"
+    return backend.Facts(normed.device.type, (normed.dtype, q.dtype, k.dtype), note)
 
 
 def _check(normed, q, k) -> None:

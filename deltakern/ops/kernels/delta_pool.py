@@ -257,7 +257,8 @@ def delta_pool_forward(
         q, k, scores, length, scale, *q.stride()[:2], *k.stride()[:3],
         HEADS=heads, WIDTH=head, ROWS=size.rows, BLOCK=size.block,
     )  # fmt: skip
-    size = tile("delta_pool_split", width, normed.dtype, architecture)
+    lanes = _lanes(heads)
+    size = tile("delta_pool_split" if lanes <= 32 else "delta_pool_split_many", width, normed.dtype, architecture)
     splits, each = _splits(length, size.rows)
     parts = torch.empty((batch, splits, heads, width), dtype=torch.float32, device=device)
     peaks = torch.empty((batch, splits, heads), dtype=torch.float32, device=device)
@@ -265,7 +266,7 @@ def delta_pool_forward(
     _triton.launch(
         delta_pool_split_kernel, (batch * splits * triton.cdiv(width, size.block),), size,
         normed, scores, parts, peaks, totals, length, width, each, splits, *normed.stride()[:2],
-        HEADS=heads, LANES=_lanes(heads), TOKENS=size.rows, BLOCK=size.block,
+        HEADS=heads, LANES=lanes, TOKENS=size.rows, BLOCK=size.block,
     )  # fmt: skip
     size = tile("delta_pool_combine", width, normed.dtype, architecture)
     _triton.launch(

@@ -95,6 +95,8 @@ TABLE: tuple[Row, ...] = (
     Row("delta_pool_scores", 1024, 4, None, 4),
     Row("delta_pool_split", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
     Row("delta_pool_split", WIDEST, 64, 128, 4, 3),
+    Row("delta_pool_split_many", WIDEST, 32, 64, 8, 2, dtype=torch.float32),  # more than 32 heads
+    Row("delta_pool_split_many", WIDEST, 64, 64, 8, 3),
     Row("delta_pool_combine", WIDEST, 1, 256, 4),
     Row("delta_pool_products", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
     Row("delta_pool_products", WIDEST, 64, 128, 4, 3),
