@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compare import assert_as_accurate, outputs_and_grads, to_double
+from compare import assert_as_accurate, outputs_and_grads
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import deltakern
 from deltakern import ops
-from deltakern.models.dinov3 import patch_rope
 from deltakern.nn import Assembly, Block, attend
 from deltakern.nn.attend import FlashAgain
 from deltakern.nn.recompute import Fleeting, apply, linear
@@ -140,7 +139,9 @@ def test_folding_layer_scale_is_as_accurate_as_scaling_the_branch(init, device):
 def test_float16_scales_the_branch(device):
     """1e-5 times a weight of 0.02 is below float16's normal numbers."""
     block = _block(device, scale=1e-5).half()
-    entry = Assembly(*(torch.randn(2, 4, 32, device=device).half() for _ in range(2)), *torch.randn(3, 32, device=device).half().split((1, 2)), "pair")
+    entry = Assembly(
+        *(torch.randn(2, 4, 32, device=device).half() for _ in range(2)), *torch.randn(3, 32, device=device).half().split((1, 2)), "pair"
+    )
     out = block(entry, _rope(4, 16, device), num_prefix=1)
     assert torch.equal(out.scale, block.layer_scale2.lambda1)
 

@@ -153,7 +153,7 @@ class SwiGLU(PackedModule):
         ``recompute``: the hidden layer is made again in the backward."""
         dtype = compute_dtype(self.up_proj.weight.device.type, self.up_proj.weight.dtype)
         gate, up = (self.gate_proj.weight, self.gate_proj.bias), (self.up_proj.weight, self.up_proj.bias)
-        if not recompute and fuses(self, normed, gate, dtype):  # both activations ride on the products, so nothing is gained by packing them
+        if not recompute and fuses(self, normed, gate, dtype):  # both activations ride on the products: packing gains nothing
             hidden = product(self, "gate", gate, dtype, lambda *p: p, normed, activation="silu")
             hidden = product(self, "up", up, dtype, lambda *p: p, normed, times=hidden)
         else:
@@ -353,9 +353,9 @@ class Block(nn.Module):
         eps: of every LayerNorm.
         attention: backend of :func:`deltakern.nn.attend.attend`.
         recompute: "cheap" keeps nothing for the backward that a pass over memory makes again: LayerNorms' outputs, rotated q and
-            k (with SDPA's flash attention), the gated attention, the MLP's hidden layer; gradients keep their bits. "none" keeps them. "auto"
-            is "cheap" where kernels run (a GPU, or Triton's interpreter) and "none" on a CPU with reference ops. Under
-            torch.compile its partitioner decides.
+            k (with SDPA's flash attention), the gated attention, the MLP's hidden layer; gradients keep their bits. "none" keeps
+            them all. "auto" is "cheap" where kernels run (a GPU, or Triton's interpreter) and "none" on a CPU with reference ops.
+            Under torch.compile its partitioner decides.
 
     LayerScale is folded into the projection before it, so that no branch is kept for its gradient; not in float16, where a
     scale of 1e-5 would take the weights below the smallest number.

@@ -18,7 +18,8 @@ Dtypes: q, k, v float32, bfloat16, float16 (float64 in the reference); times flo
 float32 (float64 for float64, angles too when the times are float64).
 Gradient: q, k, v, own_k, own_v (not the times: a time that requires grad raises).
 Determinism: sums run in a fixed order.
-Kernel: at most 32 context tokens (16 of more than 64 channels in float32) and 128 channels, q, k and v of one dtype; angles in float64 for any times, scores and sums in float32.
+Kernel: at most 32 context tokens (16 of more than 64 channels in float32) and 128 channels, q, k and v of one dtype; angles in
+float64 for any times, scores and sums in float32.
 Source: Predictor._CrossAttn of the released code with causal_mask; paper, section 3 (DeltaWorld).
 """
 

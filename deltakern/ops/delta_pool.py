@@ -24,7 +24,6 @@ from deltakern import backend
 from deltakern.ops import _triton, _validate
 from deltakern.ops._once import once_differentiable
 
-
 MOST_HEADS = 64
 """That the kernels take: a program pools for all of them."""
 

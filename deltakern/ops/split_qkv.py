@@ -149,6 +149,4 @@ def split_qkv(
         q, k, v, gate = _slices(packed, heads, cos.shape[1], gated)
         q, k = rope_qk_norm(q, k, cos, sin, q_weight, k_weight, order=order, num_prefix=num_prefix, eps=eps, impl="triton")
         return q, k, v, gate
-    return split_qkv_reference(
-        packed, cos, sin, q_weight, k_weight, heads=heads, gated=gated, order=order, num_prefix=num_prefix, eps=eps
-    )
+    return split_qkv_reference(packed, cos, sin, q_weight, k_weight, heads=heads, gated=gated, order=order, num_prefix=num_prefix, eps=eps)

@@ -248,7 +248,8 @@ def split_qkv_backward(
     d_packed = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     width = heads * cos.shape[1]
     q, k, dq, dk, dv = (
-        t[..., i * width : (i + 1) * width].unflatten(-1, (heads, -1)) for t, i in ((packed, 0), (packed, 1), *((d_packed, i) for i in range(3)))
+        t[..., i * width : (i + 1) * width].unflatten(-1, (heads, -1))
+        for t, i in ((packed, 0), (packed, 1), *((d_packed, i) for i in range(3)))
     )
     for to, grad in ((dq, grad_q), (dk, grad_k)):
         if grad is None:
