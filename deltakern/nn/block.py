@@ -60,6 +60,11 @@ class Assembly(NamedTuple):
     stream_dtype: torch.dtype | None = None
 
 
+def _takes_reference(x: torch.Tensor) -> bool:
+    """Whether the ops take their references for x, which is known at once on a CPU where no kernel was asked for."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and backend.preferred() in (None, "reference")
+
+
 def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream, and its LayerNorm in ``out_dtype`` (the stream's own when None)."""
     if isinstance(entry, Assembly):
@@ -76,6 +81,9 @@ def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torc
             stream_dtype=entry.stream_dtype,
         )
     if entry.branch is None:
+        if _takes_reference(entry.stream):  # as it is: the op's checks cost as much as a small norm
+            normed = F.layer_norm(entry.stream.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            return entry.stream, normed.to(out_dtype or entry.stream.dtype)
         return entry.stream, ops.layer_norm(entry.stream, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
     return ops.residual_norm(entry.stream, entry.branch, entry.scale, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
 
@@ -86,7 +94,7 @@ def spread_rope(rope: Rope, num_prefix: int, length: int) -> tuple[Rope, int]:
     Kernels read the tables (N,d) as they are, once a frame, past the prefix. The reference needs a row for every token: on a CPU,
     where it runs, the tables get them here, once for all blocks.
     """
-    if torch.compiler.is_compiling() or rope[0].device.type != "cpu" or backend.preferred() not in (None, "reference"):
+    if not _takes_reference(rope[0]):
         return rope, num_prefix
     repeats = (length - num_prefix) // rope[0].shape[0]
     cos, sin = rope if repeats == 1 else (t.repeat(repeats, 1) for t in rope)
