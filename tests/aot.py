@@ -25,7 +25,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 
 @functools.cache
 def report(workers: int = 2) -> list[dict[str, Any]]:
-    """One dictionary a kernel variant and architecture: op, kernel, case, architecture, registers, shared, spills."""
+    """One dictionary a kernel variant and architecture: op, ops that start it, kernel, case, architecture, registers, shared, spills."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = Path(__file__).resolve()
     environment["PYTHONPATH"] = os.pathsep.join([str(here.parent.parent), environment.get("PYTHONPATH", "")])
@@ -84,7 +84,9 @@ def _launches() -> list[dict[str, Any]]:
     def note(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, **constexprs: Any) -> None:
         specialised = _specialised(kernel, args, constexprs)
         key = repr([kernel.__name__, specialised, constexprs, tile, current["arch"]])
-        seen.setdefault(key, {"kernel": kernel, **specialised, "constexprs": constexprs, "tile": tile, **current})
+        made = seen.setdefault(key, {"kernel": kernel, **specialised, "constexprs": constexprs, "tile": tile, **current, "ops": []})
+        if current["op"] not in made["ops"]:
+            made["ops"].append(current["op"])
 
     _triton.launch = note
     backend.triton_interprets = lambda: True  # admits CPU tensors; nothing is run
@@ -151,6 +153,7 @@ def _compile(launch: dict[str, Any]) -> dict[str, Any]:
     flags = ",".join(name.lower() if value is True else str(value) for name, value in launch["constexprs"].items() if value is not False)
     return {
         "op": launch["op"],
+        "ops": launch["ops"],
         "kernel": kernel.__name__,
         "variant": f"{types} {flags}",
         "case": launch["case"],
