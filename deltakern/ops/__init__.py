@@ -12,6 +12,7 @@ from deltakern.ops.delta_pool import delta_pool
 from deltakern.ops.gelu import gelu
 from deltakern.ops.head_gate import head_gate
 from deltakern.ops.patch_delta import patch_delta
+from deltakern.ops.predictor_step import predictor_step
 from deltakern.ops.recon_loss import recon_loss
 from deltakern.ops.residual_norm import residual_norm
 from deltakern.ops.rope_qk_norm import rope_qk_norm
@@ -26,6 +27,7 @@ __all__ = [
     "gelu",
     "head_gate",
     "patch_delta",
+    "predictor_step",
     "recon_loss",
     "residual_norm",
     "rope_qk_norm",
