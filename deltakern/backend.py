@@ -244,6 +244,17 @@ def chosen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     return choose(function, "auto", function.op.facts(*args, **kwargs))
 
 
+def takes_kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether ``impl="auto"`` takes a kernel for these arguments; for callers that have a way of their own where it does not.
+
+    Warns of nothing and raises nothing: such a caller falls back on no reference.
+    """
+    try:
+        return _decide(function.op, "auto", function.op.facts(*args, **kwargs)).chosen != "reference"
+    except BackendError:  # a kernel is asked for by name and cannot run
+        return False
+
+
 def explain(function: Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
     """Says which implementation ``function(*args, **kwargs)`` would take and why, without running it.
 

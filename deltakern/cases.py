@@ -546,6 +546,90 @@ _context_attention("widest", 64, 1, 256, 16, 6, 128, REAL | WIDE, rope_size=120,
 _context_attention("widest-context", 64, 1, 256, 32, 6, 128, REAL, rope_size=120, own=2)
 
 
+# --- predictor_step --------------------------------------------------------------------------------------------------------
+
+
+def _predictor_step(
+    name: str,
+    clips: int,
+    samples: int,
+    steps: int,
+    tokens: int,
+    layers: int,
+    heads: int,
+    head: int,
+    hidden: int,
+    memory: int,
+    tags: frozenset[str],
+    *,
+    rope_size: int,
+    noise: torch.dtype | None = None,
+    times: torch.dtype = torch.float32,
+) -> None:
+    """``memory``: width of the tokens; ``noise``: dtype of the queries where it is not the weights'."""
+    width = heads * head
+
+    def make(dtype, device, generator, shrink):
+        depth = min(layers, 1 + shrunk(layers, shrink))  # the tiles depend on the rows, so blocks are left out
+        shapes = {
+            "norms": (2 * depth + 1, 2, width),
+            "q": (depth, width, width),
+            "q_bias": (depth, width),
+            "kv": (depth, 2 * width, memory),
+            "kv_bias": (depth, 2 * width),
+            "out": (depth, width, width),
+            "out_bias": (depth, width),
+            "up": (depth, hidden, width),
+            "up_bias": (depth, hidden),
+            "down": (depth, width, hidden),
+            "down_bias": (depth, width),
+            "head": (memory, width),
+            "head_bias": (memory,),
+        }
+        seconds = torch.cumsum(0.04 + 0.3 * torch.rand((clips, steps), generator=generator), 1).to(device, times)
+        context = [normal((depth, clips, tokens, heads, head), dtype, device, generator) for _ in range(2)]
+        weights = []
+        for kind, shape in shapes.items():
+            wide = normal(shape, torch.float32, device, generator) * (0.1 if "bias" in kind or kind == "norms" else shape[-1] ** -0.5)
+            if kind == "norms":
+                wide[:, 0] += 1
+            weights.append(wide.to(dtype))
+        return (normal((clips, samples, steps, width), noise or dtype, device, generator), *context, seconds, *weights), {
+            "rope_size": rope_size
+        }
+
+    rows = clips * samples
+    block = 2 * width * (width + hidden) + 3 * width + hidden
+    step = layers * (block + 4 * width) + 2 * width + memory * (width + 1)  # weights of a step but for keys and values
+    remember = layers * 2 * width * (memory + 1)
+    cached = layers * width * (2 * clips * tokens * steps + 2 * rows * (steps - 1) * steps // 2)
+    moved = steps * step + (steps - 1) * remember + cached  # no cache holds the weights until the next step
+    products = steps * (layers * 2 * width * (width + hidden) + memory * width) + (steps - 1) * layers * 2 * width * memory
+    attention = layers * 2 * width * sum(tokens + step for step in range(steps))
+    add(
+        Case(
+            "predictor_step",
+            name,
+            make,
+            (),
+            lambda dtype: nbytes((moved, dtype), (rows * steps * (width + memory), noise or dtype)),
+            2 * rows * (products + attention),
+            tags,
+        )
+    )
+
+
+_predictor_step("two-clips", 2, 3, 3, 2, 2, 2, 10, 24, 12, TINY, rope_size=6)
+_predictor_step("one-step", 1, 5, 1, 4, 2, 2, 8, 40, 16, TINY, rope_size=8, times=torch.float64)
+_predictor_step("many-rows", 1, 35, 2, 3, 1, 1, 16, 9, 16, TINY, rope_size=12)
+_predictor_step("float32-noise", 1, 2, 2, 1, 2, 3, 4, 8, 5, TINY, rope_size=2, noise=torch.float32)
+_predictor_step("vit-base-20", 1, 20, 3, 4, 12, 12, 64, 3072, 768, TIMED, rope_size=60)
+_predictor_step("vit-base-20-one-step", 1, 20, 1, 4, 12, 12, 64, 3072, 768, TIMED, rope_size=60)
+_predictor_step("vit-base-64", 1, 64, 3, 8, 12, 12, 64, 3072, 768, TIMED, rope_size=60)
+_predictor_step("vit-base-4-clips", 4, 4, 3, 4, 12, 12, 64, 3072, 768, REAL, rope_size=60)
+_predictor_step("vit-base-long-context", 1, 20, 3, 32, 12, 12, 64, 3072, 768, REAL, rope_size=60)
+
+
 # --- best_of_n -------------------------------------------------------------------------------------------------------------
 
 

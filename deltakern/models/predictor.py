@@ -19,6 +19,11 @@ Rotate = Callable[[torch.Tensor], torch.Tensor]
 Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def _joined(*p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and biases, in turn, as one weight and one bias."""
+    return torch.cat(p[::2]), torch.cat(p[1::2])
+
+
 class CrossAttention(PackedModule):
     """Parameters ``q_proj``, ``kv_proj`` (keys first), ``out_proj``, all with bias."""
 
@@ -130,17 +135,44 @@ class Predictor(PackedModule):
         """Keys and values of memory tokens (B,T,Dm) in every block; they depend on no query."""
         return [block.attention.keys_values(memory, rotate) for block in self.blocks]
 
+    def _every_kv(self) -> list[torch.Tensor]:
+        return [p for block in self.blocks for p in (block.attention.kv_proj.weight, block.attention.kv_proj.bias)]
+
     def project(self, memory: torch.Tensor) -> torch.Tensor:
         """Keys and values of memory tokens (B,T,Dm) in all L blocks by one product: (2,L,B,T,H,d), keys first, not rotated.
 
         The packed weight is a copy of the blocks' own, 2 L D Dm elements, made without gradient and kept as
         :class:`deltakern.nn.PackedModule` says.
         """
-        layers = [block.attention.kv_proj for block in self.blocks]
-        dtype = compute_dtype(memory.device.type, layers[0].weight.dtype)
-        parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-        together = product(self, "kv", parameters, dtype, lambda *p: (torch.cat(p[::2]), torch.cat(p[1::2])), memory.to(dtype))
-        return together.unflatten(-1, (len(layers), 2, self.blocks[0].attention.num_heads, -1)).permute(3, 2, 0, 1, 4, 5)
+        dtype = compute_dtype(memory.device.type, self.blocks[0].attention.kv_proj.weight.dtype)
+        together = product(self, "kv", self._every_kv(), dtype, _joined, memory.to(dtype))
+        return together.unflatten(-1, (len(self.blocks), 2, self.blocks[0].attention.num_heads, -1)).permute(3, 2, 0, 1, 4, 5)
+
+    def stacked(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """The weights as ``ops.predictor_step`` takes them, ``norms`` to ``head_bias``: a copy, kept like that of :meth:`project`."""
+        blocks = list(self.blocks)
+
+        def stack(name: str, layers: Sequence[nn.Linear], scales: Sequence[LayerScale] | None = None) -> tuple[torch.Tensor | None, ...]:
+            given = []
+            for i, layer in enumerate(layers):
+                given += [layer.weight, layer.bias, None if scales is None else scales[i].lambda1]
+
+            def build(*p: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+                return tuple(torch.stack(t) for t in zip(*(fold_scale(*p[i : i + 3]) for i in range(0, len(p), 3)), strict=True))
+
+            return self.packed(name, given, dtype, build)
+
+        layers = [norm for block in blocks for norm in (block.norm1, block.norm2)] + [self.norm]
+        norms = [p for norm in layers for p in (norm.weight, norm.bias)]
+        return (
+            *self.packed("norms", norms, norms[0].dtype, lambda *p: (torch.stack(p).unflatten(0, (-1, 2)),)),
+            *stack("q", [block.attention.q_proj for block in blocks]),
+            *(t.unflatten(0, (len(blocks), -1)) for t in self.packed("kv", self._every_kv(), dtype, _joined)),
+            *stack("out", [block.attention.out_proj for block in blocks], [block.layer_scale1 for block in blocks]),
+            *stack("up", [block.mlp.up_proj for block in blocks]),
+            *stack("down", [block.mlp.down_proj for block in blocks], [block.layer_scale2 for block in blocks]),
+            *self.packed("head", (self.head.weight, self.head.bias), dtype, lambda *p: p),
+        )
 
     def forward(
         self,

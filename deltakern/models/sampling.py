@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deltakern import ops
+from deltakern import backend, ops
 from deltakern.models.noise import KINDS, IndexedNoise
 from deltakern.models.validate import check_positive
 from deltakern.nn import Block, PackedModule, Residual, attend
@@ -174,6 +174,16 @@ class NoisePlan:
         return self._whole[_slice(clips), _slice(samples)]
 
 
+def _at_once(world: DeltaWorld, noise: torch.Tensor, *context: torch.Tensor) -> bool:
+    """Whether one launch takes all steps of these inputs: on a GPU, few samples (``deltakern.explain(ops.predictor_step, ...)`` says more).
+
+    On a CPU only where Triton is asked for. Inference tensors count no versions: their stacked copy would be made at every call.
+    """
+    if not (noise.is_cuda or backend.preferred() == "triton") or world.predictor.head.weight.is_inference():
+        return False
+    return backend.takes_kernel(ops.predictor_step, noise, *context)
+
+
 def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """All steps of one portion.
 
@@ -186,6 +196,10 @@ def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: t
         (B,s,h,Dm) in noise's dtype. Shapes alone decide what is launched, so that it can be captured in a CUDA graph.
     """
     predictor = world.predictor
+    if _at_once(world, noise, keys, values, times):
+        return ops.predictor_step(
+            noise, keys, values, times, *predictor.stacked(keys.dtype), rope_size=world.rope_axis_sizes[0], eps=predictor.norm.eps
+        )
     (batch, samples, horizon), layers = noise.shape[:3], range(len(keys))
     context = [(keys[i], values[i]) for i in layers]
     tokens = noise.new_empty((batch, samples, horizon, predictor.head.out_features))

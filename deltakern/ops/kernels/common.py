@@ -69,6 +69,32 @@ def elementwise_loss(d, beta, KIND: tl.constexpr):
 
 
 @triton.jit
+def cosine_sine(seconds, rate):
+    """Of the angles of times, float64 seconds and turns a second, which broadcast; the results are float32.
+
+    An angle is kept in turns, and its whole turns leave in one fused multiply-add: however large it is, no digit of the rest is lost.
+    """
+    rate_high = rate.to(tl.float32)
+    rate_low = (rate - rate_high.to(tl.float64)).to(tl.float32)
+    time_high = seconds.to(tl.float32)
+    time_low = (seconds - time_high.to(tl.float64)).to(tl.float32)
+    whole = tl.floor(time_high * rate_high + 0.5)
+    part = tl.fma(time_high, rate_high, -whole) + (time_high * rate_low + time_low * rate_high)
+    quarter = tl.floor(part * 4.0 + 0.5)
+    x = (part - quarter * 0.25) * 6.283185307179586
+    y = x * x  # x is within an eighth of a turn, where these minimax polynomials (Cephes, sinf and cosf) err by an ulp
+    s = x + x * y * (-1.6666654611e-1 + y * (8.3321608736e-3 + y * -1.9515295891e-4))
+    c = 1.0 - 0.5 * y + y * y * (4.166664568298827e-2 + y * (-1.388731625493765e-3 + y * 2.443315711809948e-5))
+    quadrant = quarter.to(tl.int32)
+    odd = (quadrant & 1) != 0
+    sin = tl.where(odd, c, s)
+    cos = tl.where(odd, s, c)
+    sin = tl.where((quadrant & 2) != 0, -sin, sin)
+    cos = tl.where(((quadrant + 1) & 2) != 0, -cos, cos)
+    return cos, sin
+
+
+@triton.jit
 def narrow_parts(x, DTYPE: tl.constexpr):
     """x in float32 as the sum of two numbers of a narrow dtype."""
     high = x.to(DTYPE)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from deltakern.ops import _triton
-from deltakern.ops.kernels.common import dot_both_wide, dot_narrow_wide, dot_wide_narrow
+from deltakern.ops.kernels.common import cosine_sine, dot_both_wide, dot_narrow_wide, dot_wide_narrow
 from deltakern.ops.kernels.tiles import Tile, tile
 
 QUERIES = 256
@@ -25,27 +25,10 @@ QUERIES = 256
 def _turn(seconds, rates, column, HALF: tl.constexpr):
     """Cosine and signed sine of the rotation by a time's angles: seconds (N,1) float64, column (1,C), the results (N,C) float32.
 
-    Channel i < HALF pairs with i + HALF, and x turned is x * cos + x[partner] * sin; channels beyond do not turn. An angle is kept in
-    turns, and its whole turns leave in one fused multiply-add: however large it is, no digit of the rest is lost.
+    Channel i < HALF pairs with i + HALF, and x turned is x * cos + x[partner] * sin; channels beyond do not turn.
     """
     rate = tl.load(rates + tl.where(column < HALF, column, column - HALF), mask=column < 2 * HALF, other=0.0)
-    rate_high = rate.to(tl.float32)
-    rate_low = (rate - rate_high.to(tl.float64)).to(tl.float32)
-    time_high = seconds.to(tl.float32)
-    time_low = (seconds - time_high.to(tl.float64)).to(tl.float32)
-    whole = tl.floor(time_high * rate_high + 0.5)
-    part = tl.fma(time_high, rate_high, -whole) + (time_high * rate_low + time_low * rate_high)
-    quarter = tl.floor(part * 4.0 + 0.5)
-    x = (part - quarter * 0.25) * 6.283185307179586
-    y = x * x  # x is within an eighth of a turn, where these minimax polynomials (Cephes, sinf and cosf) err by an ulp
-    s = x + x * y * (-1.6666654611e-1 + y * (8.3321608736e-3 + y * -1.9515295891e-4))
-    c = 1.0 - 0.5 * y + y * y * (4.166664568298827e-2 + y * (-1.388731625493765e-3 + y * 2.443315711809948e-5))
-    quadrant = quarter.to(tl.int32)
-    odd = (quadrant & 1) != 0
-    sin = tl.where(odd, c, s)
-    cos = tl.where(odd, s, c)
-    sin = tl.where((quadrant & 2) != 0, -sin, sin)
-    cos = tl.where(((quadrant + 1) & 2) != 0, -cos, cos)
+    cos, sin = cosine_sine(seconds, rate)
     return cos, tl.where(column < HALF, -sin, sin)
 
 
@@ -271,7 +254,7 @@ def context_attention_reduce_kernel(
 
 
 @functools.cache
-def _rates(half: int, device: torch.device) -> torch.Tensor:
+def turns_a_second(half: int, device: torch.device) -> torch.Tensor:
     """Turns a second of each pair, (half,) float64."""
     return (1.0 / 10.0 ** torch.linspace(-2, 2, half, dtype=torch.float64)).to(device)
 
@@ -311,7 +294,7 @@ def context_attention_forward(
     own_k, own_v = (_triton.unit(own_k), _triton.unit(own_v)) if own else (None, None)
     _triton.launch(
         context_attention_forward_kernel, (programs,), size,
-        q, k, v, q_time, k_time, visible, own_k, own_v, own_time, _rates(rope_size // 2, q.device), out,
+        q, k, v, q_time, k_time, visible, own_k, own_v, own_time, turns_a_second(rope_size // 2, q.device), out,
         queries // groups, groups, tokens, own, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(own_k, 4), *_strides(own_v, 4),
         *q_time.stride(), *_strides(k_time, 2), *_strides(own_time, 2), *_strides(visible, 1),
@@ -353,7 +336,7 @@ def context_attention_backward(
     dv_parts = torch.empty(shape, dtype=torch.float32, device=device)
     q, k, v, grad = _triton.unit(q), _triton.unit(k), _triton.unit(v), _triton.unit(grad)
     own_k, own_v = (_triton.unit(own_k), _triton.unit(own_v)) if own else (None, None)
-    rates = _rates(rope_size // 2, device)
+    rates = turns_a_second(rope_size // 2, device)
     _triton.launch(
         context_attention_backward_kernel, (batch * groups * parts * heads,), size,
         q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rates, grad, dq, dk_parts, dv_parts, d_own_k, d_own_v,
