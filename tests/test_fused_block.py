@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_as_accurate, outputs_and_grads
+from compare import assert_as_accurate, outputs_and_grads, relative_rmse
 
 import deltakern
 from deltakern import ops
@@ -142,10 +142,16 @@ def _train(
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "rate", "autocast"), [(200, 1e-3, False), (40, 1e-2, True)], ids=["float32", "bfloat16"])
 def test_training_follows_the_reference_loss_curve(steps, rate, autocast, device):
-    """Against the same run in float64: the kernels' curve strays no more than twice as far as plain PyTorch's."""
+    """Against the same run in float64: the kernels' curve strays no more than twice as far as plain PyTorch's.
+
+    Training amplifies rounding by chance, so plain PyTorch runs four times, on inputs that differ in their last bit; the farthest counts.
+    """
     features = _features()
     truth = _train(features, steps, impl="reference", dtype=torch.float64, autocast=False, device=device, rate=rate)
-    plain = _train(features, steps, impl="reference", dtype=torch.float32, autocast=autocast, device=device, rate=rate)
+    bit = torch.finfo(torch.bfloat16 if autocast else torch.float32).eps / 2
+    nudged = [features * (1 + bit * torch.randn(features.shape, generator=torch.Generator().manual_seed(seed))) for seed in range(3)]
+    options = {"impl": "reference", "dtype": torch.float32, "autocast": autocast, "device": device, "rate": rate}
+    plain = max((_train(f, steps, **options) for f in (features, *nudged)), key=lambda curve: relative_rmse(curve, truth))
     with _triton.count_launches() as launches:
         fused = _train(features, steps, impl="triton", dtype=torch.float32, autocast=autocast, device=device, rate=rate)
     assert launches["residual_norm_backward_kernel"] >= steps
