@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltakern import backend, ops
+from deltakern import ops
 from deltakern.nn.attend import attend, check_backend
 from deltakern.nn.packing import PackedModule, compute_dtype
 from deltakern.nn.product import evaluates, fuses, product
@@ -77,19 +77,6 @@ def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torc
         normed = F.layer_norm(entry.stream.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         return entry.stream, normed.to(out_dtype or entry.stream.dtype)
     return ops.residual_norm(entry.stream, entry.branch, entry.scale, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
-
-
-def spread_rope(rope: Rope, num_prefix: int, length: int) -> tuple[Rope, int]:
-    """Tables and ``num_prefix`` for blocks of ``length`` tokens.
-
-    Kernels read the tables (N,d) as they are, once a frame, past the prefix. The reference needs a row for every token: on a CPU,
-    where it runs, the tables get them here, once for all blocks.
-    """
-    if torch.compiler.is_compiling() or rope[0].device.type != "cpu" or backend.preferred() not in (None, "reference"):
-        return rope, num_prefix
-    repeats = (length - num_prefix) // rope[0].shape[0]
-    cos, sin = rope if repeats == 1 else (t.repeat(repeats, 1) for t in rope)
-    return (F.pad(cos, (0, 0, num_prefix, 0), value=1.0), F.pad(sin, (0, 0, num_prefix, 0))), 0
 
 
 class LayerScale(nn.Module):
