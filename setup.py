@@ -24,7 +24,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("bindings.cpp", "best_of_n_cpu.cpp", "best_of_n_cpu_isa.cpp", "best_of_n_cuda.cu")
+# Of every op a table of functions is compiled once for every instruction set
+TABLES = {"best_of_n_cpu_isa.cpp": "kernels", "rope_qk_norm_cpu_isa.cpp": "rope"}
+CPU_SOURCES = ("cpu_isa.cpp", "best_of_n_cpu.cpp", "rope_qk_norm_cpu.cpp")
+SOURCES = ("bindings.cpp", *CPU_SOURCES, *TABLES, "best_of_n_cuda.cu")
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 REQUIRED = os.environ.get("DELTAKERN_REQUIRE_EXT", "0") not in ("", "0")
 
@@ -207,10 +210,12 @@ class BuildExt(build_ext):
             lines.append(f"build {name}: cxx {path(csrc / source)}\n  flags = {quote(flags)}")
 
         compile_one("bindings.o", "bindings.cpp", [*threads, *includes, *define])
-        compile_one("best_of_n_cpu.o", "best_of_n_cpu.cpp", [*threads, *x86])
-        compile_one("best_of_n_cpu_baseline.o", "best_of_n_cpu_isa.cpp", [])
-        for isa in isas if x86 else ():
-            compile_one(f"best_of_n_cpu_{isa}.o", "best_of_n_cpu_isa.cpp", [*ISAS[isa], f"-DDELTAKERN_TABLE=kernels_{isa}"])
+        for source in CPU_SOURCES:
+            compile_one(f"{Path(source).stem}.o", source, [*threads, *x86])
+        for source, table in TABLES.items():
+            for isa, isa_flags in {"baseline": (), **({i: ISAS[i] for i in isas} if x86 else {})}.items():
+                name = f"{Path(source).stem.removesuffix('_isa')}_{isa}.o"
+                compile_one(name, source, [*isa_flags, f"-DDELTAKERN_TABLE={table}_{isa}"])
         libraries = []
         if cuda:
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda.archs]

@@ -1,22 +1,11 @@
 // Best of N: what the CPU and the CUDA kernels share. The formulas, the rule that orders candidates, and the description of a problem.
-//
-// Every function is static (or a template instantiated on a type local to its file): the CPU kernels are compiled several times
-// for different instruction sets, and nothing compiled for one of them may be linked in place of another's.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#ifdef __CUDACC__
-#define DK_INLINE static __host__ __device__ __forceinline__
-#else
-#define DK_INLINE static inline __attribute__((always_inline))
-#endif
+#include "numbers.h"
 
 namespace deltakern {
 
 enum class Loss : int { smooth_l1 = 0, log_cosh = 1, mse = 2, l1 = 3 };
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 constexpr int kMaxBatchDims = 6;
 constexpr int kMaxReducedDims = 4;
@@ -99,79 +88,6 @@ DK_INLINE float loss_of(double sum, double scale) {
   memcpy(&nan, &quiet, sizeof nan);
   return nan;
 }
-
-// Widening. bfloat16 is the upper half of a float; float16 is shifted into place and multiplied by 2^112 (exact, subnormals too).
-DK_INLINE float from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-DK_INLINE float widen_bfloat16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
-DK_INLINE float widen_float16(uint16_t bits) {
-  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fffu) << 13, sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const float value = from_bits(magnitude) * 5.192296858534828e33f;
-  uint32_t out;
-  memcpy(&out, &value, sizeof out);
-  if (magnitude >= 0x0f800000u) out = magnitude | 0x7f800000u;  // infinity and NaN
-  return from_bits(out | sign);
-}
-
-// The formulas, written once for a float and for a vector of floats (GCC's vector extension). The build switches contraction of
-// a * b + c off: what rounds once says so by `fused`, so that every machine with such an instruction computes the same bits.
-
-template <class V>
-struct Bits;  // the unsigned integers of V's width
-template <>
-struct Bits<float> {
-  using Word = uint32_t;
-};
-
-template <class To, class From>
-DK_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-template <class V>
-DK_INLINE V splat(float x) {
-  return V{} + x;
-}
-
-template <class V>
-DK_INLINE V magnitude(V x) {
-  using Word = typename Bits<V>::Word;
-  return bit_cast<V>(static_cast<Word>(bit_cast<Word>(x) & 0x7fffffffu));
-}
-
-// x within [-limit, limit], with the sign of x; some finite value where x is NaN
-template <class V>
-DK_INLINE V clamp(V x, V limit) {
-  const V least = x > -limit ? x : -limit;
-  return least < limit ? least : limit;
-}
-
-// a * b + c, rounded once where the machine has an instruction for it (a CPU without FMA rounds twice)
-template <class V>
-DK_INLINE V fused(V a, V b, V c) {
-  return a * b + c;
-}
-
-#ifdef __CUDA_ARCH__
-template <>
-__device__ __forceinline__ float magnitude<float>(float x) {
-  return fabsf(x);
-}
-template <>
-__device__ __forceinline__ float clamp<float>(float x, float limit) {
-  return fminf(fmaxf(x, -limit), limit);
-}
-template <>
-__device__ __forceinline__ float fused<float>(float a, float b, float c) {
-  return fmaf(a, b, c);
-}
-#endif
 
 // log(cosh(x)) for x >= 0. Below 1 an even polynomial (so that small losses keep their digits: |x| + log1p(exp(-2|x|)) - log 2
 // cancels there), above 1 that formula with polynomials for exp2 on [-1/2, 1/2] and log1p(e)/e on [0, e^-2].

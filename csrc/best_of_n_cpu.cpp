@@ -3,49 +3,11 @@
 
 #include <algorithm>
 #include <memory>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#if defined(DELTAKERN_X86)
-#include <cpuid.h>
-#endif
+#include "cpu_isa.h"
 
 namespace deltakern {
 namespace {
-
-struct Choice {
-  const char* name;
-  const CpuKernels* kernels;
-};
-
-std::vector<Choice> available() {
-  std::vector<Choice> found;
-#if defined(DELTAKERN_X86)
-  __builtin_cpu_init();
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    found.push_back({"avx512", &kernels_avx512});
-  if (avx2) found.push_back({"avx2", &kernels_avx2});
-#endif
-  found.push_back({"baseline", &kernels_baseline});
-  return found;
-}
-
-const std::vector<Choice>& choices() {
-  static const std::vector<Choice> found = available();
-  return found;
-}
-
-const CpuKernels& kernels_named(const std::string& isa) {
-  if (isa == "auto") return *choices().front().kernels;
-  for (const Choice& choice : choices())
-    if (isa == choice.name) return *choice.kernels;
-  throw std::invalid_argument("isa must be auto or one of " + std::string(cpu_instruction_sets()) + ", got " + isa);
-}
 
 float read(const void* base, DType type, int64_t offset) {
   if (type == DType::float32) return static_cast<const float*>(base)[offset];
@@ -113,17 +75,8 @@ constexpr int64_t kTile = 256;  // most candidates an item takes: its sums live 
 
 }  // namespace
 
-const char* cpu_instruction_sets() {
-  static const std::string names = [] {
-    std::string all;
-    for (const Choice& choice : choices()) all += (all.empty() ? "" : " ") + std::string(choice.name);
-    return all;
-  }();
-  return names.c_str();
-}
-
 void best_of_n_cpu(const Problem& p, int64_t* index, float* loss, float* losses, int threads, const char* isa) {
-  const CpuKernels& kernels = kernels_named(isa);
+  const CpuKernels& kernels = DK_TABLE_OF(isa_named(isa), kernels);
   if (p.groups == 0) return;
   const int64_t blocks = (p.width + kBlock - 1) / kBlock;
   const double elements = static_cast<double>(p.groups) * static_cast<double>(p.count) * static_cast<double>(p.width);

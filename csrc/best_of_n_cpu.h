@@ -23,10 +23,7 @@ extern const CpuKernels kernels_baseline;
 extern const CpuKernels kernels_avx2;
 extern const CpuKernels kernels_avx512;
 
-// Names of the instruction sets in this build that this machine has, best first, separated by spaces.
-const char* cpu_instruction_sets();
-
-// index and loss have p.groups elements; losses, unless null, p.groups * p.count. `isa` is one of those names or "auto".
+// index and loss have p.groups elements; losses, unless null, p.groups * p.count. `isa` is a name of cpu_isa.h.
 // Throws std::invalid_argument for an unknown isa, std::bad_alloc.
 void best_of_n_cpu(const Problem& p, int64_t* index, float* loss, float* losses, int threads, const char* isa);
 

@@ -2,8 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <tuple>
+
 #include "best_of_n_cpu.h"
 #include "best_of_n_problem.h"
+#include "cpu_isa.h"
+#include "rope_qk_norm.h"
 #ifdef DELTAKERN_WITH_CUDA
 #include <cuda_runtime_api.h>
 
@@ -40,17 +46,87 @@ std::vector<std::string> split(const std::string& text, char at) {
   return parts;
 }
 
+int checked_threads(const char* op, int threads) {
+  if (threads < 1 || threads > 4096) throw std::invalid_argument(std::string(op) + ": threads must be from 1 to 4096, got " + std::to_string(threads));
+  return threads;
+}
+
 void best_of_n_cpu(uintptr_t candidates, int candidates_dtype, Sizes sizes, Sizes strides, uintptr_t target, int target_dtype,
                    Sizes target_sizes, Sizes target_strides, int reduce_dims, int loss_kind, double beta, uintptr_t index, uintptr_t loss,
                    uintptr_t losses, int threads, const std::string& isa) {
   const auto p = deltakern::make_problem({candidates, candidates_dtype, std::move(sizes), std::move(strides)},
                                          {target, target_dtype, std::move(target_sizes), std::move(target_strides)}, reduce_dims, loss_kind, beta);
-  if (threads < 1 || threads > 4096) throw std::invalid_argument("best_of_n: threads must be from 1 to 4096, got " + std::to_string(threads));
+  checked_threads("best_of_n", threads);
   auto* index_out = output<int64_t>(index, "index", p.groups > 0);
   auto* loss_out = output<float>(loss, "loss", p.groups > 0);
   auto* losses_out = output<float>(losses, "losses", false);
   py::gil_scoped_release released;
   deltakern::best_of_n_cpu(p, index_out, loss_out, losses_out, threads, isa.c_str());
+}
+
+using Strides = std::array<int64_t, 4>;                                              // of batch, token, head, channel
+using ForwardSide = std::tuple<uintptr_t, int, Strides, uintptr_t, uintptr_t>;       // x, dtype, its strides, weight, out (contiguous)
+using Gradient = std::tuple<uintptr_t, Strides, uintptr_t, Strides>;                 // incoming gradient, x's gradient
+using BackwardSide = std::tuple<uintptr_t, int, Strides, uintptr_t, Gradient>;       // x, dtype, its strides, weight
+using Tables = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int64_t>;          // cos, its stride, sin, its stride, rows
+using RopeOptions = std::tuple<bool, int64_t, double>;                               // norm first, num_prefix, eps
+
+void put_strides(const Strides& from, int64_t (&to)[3], const char* name) {
+  if (from[3] != 1) throw std::invalid_argument(std::string("rope_qk_norm: ") + name + ": channels must lie side by side");
+  std::copy(from.begin(), from.begin() + 3, to);
+}
+
+template <class Side>
+deltakern::RopeSide side_of(const Side& from, const char* name) {
+  deltakern::RopeSide side{};
+  side.x = reinterpret_cast<const void*>(std::get<0>(from));
+  side.type = static_cast<deltakern::DType>(std::get<1>(from));
+  if (side.x) put_strides(std::get<2>(from), side.x_stride, name);
+  side.weight = reinterpret_cast<const float*>(std::get<3>(from));
+  return side;
+}
+
+deltakern::Rope rope_of(const std::array<int64_t, 4>& sizes, const Tables& tables, const RopeOptions& options) {
+  deltakern::Rope r{};
+  r.batch = sizes[0], r.length = sizes[1], r.heads = sizes[2], r.width = sizes[3];
+  r.cos = reinterpret_cast<const float*>(std::get<0>(tables)), r.cos_stride = std::get<1>(tables);
+  r.sin = reinterpret_cast<const float*>(std::get<2>(tables)), r.sin_stride = std::get<3>(tables);
+  r.period = std::get<4>(tables);
+  r.norm_first = std::get<0>(options), r.prefix = std::get<1>(options), r.eps = static_cast<float>(std::get<2>(options));
+  return r;
+}
+
+void rope_qk_norm_forward_cpu(const ForwardSide& q, const ForwardSide& k, const std::array<int64_t, 4>& sizes, const Tables& tables,
+                              const RopeOptions& options, int threads, const std::string& isa) {
+  deltakern::Rope r = rope_of(sizes, tables, options);
+  checked_threads("rope_qk_norm", threads);
+  const ForwardSide* sides[] = {&q, &k};
+  for (int i = 0; i < 2; ++i) {
+    r.side[i] = side_of(*sides[i], i ? "k" : "q");
+    r.side[i].out = reinterpret_cast<void*>(std::get<4>(*sides[i]));
+    r.side[i].out_stride[0] = sizes[1] * sizes[2] * sizes[3], r.side[i].out_stride[1] = sizes[2] * sizes[3], r.side[i].out_stride[2] = sizes[3];
+  }
+  py::gil_scoped_release released;
+  deltakern::rope_qk_norm_forward_cpu(r, threads, isa.c_str());
+}
+
+void rope_qk_norm_backward_cpu(const BackwardSide& q, const BackwardSide& k, const std::array<int64_t, 4>& sizes, const Tables& tables,
+                               const RopeOptions& options, uintptr_t sums, int threads, const std::string& isa) {
+  deltakern::Rope r = rope_of(sizes, tables, options);
+  checked_threads("rope_qk_norm", threads);
+  const BackwardSide* sides[] = {&q, &k};
+  for (int i = 0; i < 2; ++i) {
+    const char* name = i ? "k" : "q";
+    r.side[i] = side_of(*sides[i], name);
+    const Gradient& gradient = std::get<4>(*sides[i]);
+    r.side[i].grad = reinterpret_cast<const void*>(std::get<0>(gradient));
+    r.side[i].out = reinterpret_cast<void*>(std::get<2>(gradient));
+    if (r.side[i].x == nullptr) continue;
+    put_strides(std::get<1>(gradient), r.side[i].grad_stride, name);
+    put_strides(std::get<3>(gradient), r.side[i].out_stride, name);
+  }
+  py::gil_scoped_release released;
+  deltakern::rope_qk_norm_backward_cpu(r, reinterpret_cast<float*>(sums), threads, isa.c_str());
 }
 
 #ifdef DELTAKERN_WITH_CUDA
@@ -111,6 +187,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("best_of_n_cpu", &best_of_n_cpu, py::arg("candidates"), py::arg("candidates_dtype"), py::arg("sizes"), py::arg("strides"),
         py::arg("target"), py::arg("target_dtype"), py::arg("target_sizes"), py::arg("target_strides"), py::arg("reduce_dims"), py::arg("loss_kind"),
         py::arg("beta"), py::arg("index"), py::arg("loss"), py::arg("losses"), py::arg("threads"), py::arg("isa") = "auto");
+  m.def("rope_qk_norm_forward_cpu", &rope_qk_norm_forward_cpu, py::arg("q"), py::arg("k"), py::arg("sizes"), py::arg("tables"),
+        py::arg("options"), py::arg("threads"), py::arg("isa") = "auto");
+  m.def("rope_qk_norm_backward_cpu", &rope_qk_norm_backward_cpu, py::arg("q"), py::arg("k"), py::arg("sizes"), py::arg("tables"),
+        py::arg("options"), py::arg("sums"), py::arg("threads"), py::arg("isa") = "auto");
 #ifdef DELTAKERN_WITH_CUDA
   m.def("best_of_n_cuda", &best_of_n_cuda, py::arg("candidates"), py::arg("candidates_dtype"), py::arg("sizes"), py::arg("strides"),
         py::arg("target"), py::arg("target_dtype"), py::arg("target_sizes"), py::arg("target_strides"), py::arg("reduce_dims"), py::arg("loss_kind"),

@@ -3,7 +3,8 @@
 Every op has a plain PyTorch ``reference`` and, for some devices, kernels. This module alone decides between them:
 
 * ``impl="auto"`` takes the best one present. Where a kernel exists for the device but cannot be used, it falls back to
-  the reference and warns once with the reason; with ``DELTAKERN_STRICT=1`` it raises instead.
+  the reference and warns once with the reason; with ``DELTAKERN_STRICT=1`` it raises instead. float64 asks for the
+  reference by its very dtype, so that no kernel is missed where an op's first tensor has it.
 * An explicit ``impl="triton"`` (or any other name) runs that implementation or raises.
 * :func:`explain` says, for given arguments, what would run and why the others would not.
 
@@ -194,8 +195,10 @@ def _decide(entry: Op, impl: str, facts: Facts) -> Explanation:
             others = {n: r or f"{name} comes first" for n, r in refused.items() if n != name}
             return Explanation(entry.name, name, f"the kernel for {facts.device}", {**others, "reference": "a kernel is present"})
     others = {n: r or f"not used on {facts.device} unless asked for" for n, r in refused.items()}
-    missed = [n for n in entry.kernels if n in native]
-    why = _MISSED if missed else f"no kernel is meant for {facts.device}"
+    if facts.dtypes[:1] == (torch.float64,):
+        why = "float64 is the reference's"
+    else:
+        why = _MISSED if any(n in native for n in entry.kernels) else f"no kernel is meant for {facts.device}"
     return Explanation(entry.name, "reference", why, others)
 
 

@@ -7,6 +7,7 @@
 #include "../csrc/best_of_n_cpu.h"
 #include "../csrc/best_of_n_cuda.h"
 #include "../csrc/best_of_n_problem.h"
+#include "../csrc/cpu_isa.h"
 
 using namespace deltakern;
 

@@ -1,4 +1,4 @@
-"""Compiles the C++ of best_of_n outside of the package, for tests."""
+"""Compiles the package's C++ outside of it, for tests."""
 
 from __future__ import annotations
 
@@ -26,21 +26,37 @@ def compiler() -> str:
     return found
 
 
+def tables(source: str, table: str) -> dict[str, list[str]]:
+    """Compiler arguments for a table of functions, once for every instruction set."""
+    file = str(CSRC / source)
+    isas = {"baseline": (), "avx2": AVX2, "avx512": AVX512}
+    return {isa: [*flags, f"-DDELTAKERN_TABLE={table}_{isa}", file] for isa, flags in isas.items()}
+
+
+def cpu(source: str) -> list[str]:
+    return ["-DDELTAKERN_X86", "-fopenmp", str(CSRC / source)]
+
+
 def build(folder: Path, out: str, flags: Sequence[str], link: Sequence[str] = (), cuda_source: Path = CSRC / "best_of_n_cuda.cu") -> Path:
     """Compiles the CUDA source with the shim and tests/best_of_n_native.cpp into ``folder / out``; a program has the CPU kernels too."""
-    cxx, isa = compiler(), CSRC / "best_of_n_cpu_isa.cpp"
-    common = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{CSRC}", *flags]
     units = {
         "cuda": [*SHIM, str(cuda_source)],
         "native": ["-include", str(TESTS / "cuda_shim.h"), str(TESTS / "best_of_n_native.cpp")],
-        "cpu": ["-DDELTAKERN_X86", "-fopenmp", str(CSRC / "best_of_n_cpu.cpp")],
-        "baseline": [str(isa)],
-        "avx2": [*AVX2, "-DDELTAKERN_TABLE=kernels_avx2", str(isa)],
-        "avx512": [*AVX512, "-DDELTAKERN_TABLE=kernels_avx512", str(isa)],
     }
+    if "-shared" not in link:
+        units |= {"isa": cpu("cpu_isa.cpp"), "cpu": cpu("best_of_n_cpu.cpp"), **tables("best_of_n_cpu_isa.cpp", "kernels")}
+    return compile_and_link(folder, out, units, flags, link)
 
-    if "-shared" in link:
-        units = {name: units[name] for name in ("cuda", "native")}
+
+def build_rope(folder: Path, out: str, flags: Sequence[str]) -> Path:
+    """tests/rope_qk_norm_native.cpp, a program, into ``folder / out``."""
+    units = {"native": [str(TESTS / "rope_qk_norm_native.cpp")], "isa": cpu("cpu_isa.cpp"), "cpu": cpu("rope_qk_norm_cpu.cpp")}
+    return compile_and_link(folder, out, {**units, **tables("rope_qk_norm_cpu_isa.cpp", "rope")}, flags)
+
+
+def compile_and_link(folder: Path, out: str, units: dict[str, list[str]], flags: Sequence[str], link: Sequence[str] = ()) -> Path:
+    cxx = compiler()
+    common = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{CSRC}", *flags]
 
     def compile_one(name: str) -> None:
         run([cxx, *common, *units[name], "-c", "-o", str(folder / f"{out}-{name}.o")])

@@ -70,6 +70,23 @@ def test_strict_raises_instead(monkeypatch):
     assert op(torch.zeros(1), impl="reference") == 1
 
 
+def test_float64_asks_for_the_reference(monkeypatch):
+    """No warning and no strict error where the first tensor is float64; where another one is, a kernel is missed."""
+    monkeypatch.setenv("DELTAKERN_STRICT", "1")
+    op = _fake("double", "the kernel takes float32, got float64")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert op(torch.zeros(1, dtype=torch.float64)) == 1
+    found = deltakern.explain(op, torch.zeros(1, dtype=torch.float64))
+    assert (found.chosen, found.why) == ("reference", "float64 is the reference's")
+    assert found.refused == {"cpp": "the kernel takes float32, got float64"}
+    with pytest.raises(deltakern.BackendError, match="impl='cpp' cannot run: the kernel takes float32, got float64"):
+        op(torch.zeros(1, dtype=torch.float64), impl="cpp")
+    candidates = torch.randn(2, 5, 8)
+    with pytest.raises(deltakern.BackendError, match="DELTAKERN_STRICT=1"):
+        ops.best_of_n(candidates, torch.randn(2, 8, dtype=torch.float64))
+
+
 def test_explicit_never_falls_back():
     op = _fake("explicit", "no compiler was found")
     with pytest.raises(deltakern.BackendError, match="impl='cpp' cannot run: no compiler was found"):

@@ -14,13 +14,17 @@ SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover
 
 
 @pytest.mark.slow
-def test_random_problems_are_right_and_clean(tmp_path):
+@pytest.mark.parametrize("op", ["best_of_n", "rope_qk_norm"])
+def test_random_problems_are_right_and_clean(op, tmp_path):
     cxx = native_build.compiler()
     (tmp_path / "try.cpp").write_text("int main() { return 0; }\n")
     tried = subprocess.run([cxx, *SANITIZE, "try.cpp", "-o", "try"], cwd=tmp_path, capture_output=True)
     if tried.returncode:
         pytest.skip("the compiler has no AddressSanitizer")
-    program = native_build.build(tmp_path, "program", (*SANITIZE, "-DBEST_OF_N_PROGRAM"))
+    if op == "best_of_n":
+        program = native_build.build(tmp_path, "program", (*SANITIZE, "-DBEST_OF_N_PROGRAM"))
+    else:
+        program = native_build.build_rope(tmp_path, "program", SANITIZE)
     # The shim's fibers swap stacks, which the check for uses after return does not follow
     said = native_build.run([str(program), "60"], ASAN_OPTIONS="detect_stack_use_after_return=0")
     assert said.startswith("60 problems, all as plain loops in double")

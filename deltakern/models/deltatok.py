@@ -14,7 +14,7 @@ from deltakern.models import checkpoint
 from deltakern.models.dinov3 import patch_rope
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.nn import Assembly, Block
-from deltakern.nn.block import QK_NORM_ORDERS, Rope, add_and_norm, spread_rope
+from deltakern.nn.block import QK_NORM_ORDERS, Rope, add_and_norm
 from deltakern.nn.packing import compute_dtype
 
 
@@ -155,10 +155,9 @@ class DeltaTok(nn.Module):
         mode = "pair" if self.use_delta else "current"
         entry = Assembly(x if self.use_delta else None, y, self.z_embed.weight, self.xy_embed.weight, mode, self.residual_dtype)
         last = len(self.encoder_blocks) - 1
-        rope, prefix = spread_rope(rope, 1, 1 + (2 if self.use_delta else 1) * y.shape[1])
         for i, block in enumerate(self.encoder_blocks):
             rows = "first" if i == last and self.savings.last_row else "all"
-            entry = block(entry, rope, num_prefix=prefix, rows=rows, fold_value=self.savings.fold_value)
+            entry = block(entry, rope, num_prefix=1, rows=rows, fold_value=self.savings.fold_value)
         if not self.savings.last_row:
             entry = entry.rows(slice(1))
         return add_and_norm(entry, self.norm, None)[1]
@@ -178,10 +177,9 @@ class DeltaTok(nn.Module):
             x = self.xy_embed.weight[0].expand_as(x)
         entry = Assembly(x, None, z, None, "previous", self.residual_dtype)
         last = len(self.decoder_blocks) - 1
-        rope, prefix = spread_rope(rope, 1, 1 + x.shape[1])
         for i, block in enumerate(self.decoder_blocks):
             rows = "rest" if i == last and self.savings.drop_row else "all"
-            entry = block(entry, rope, num_prefix=prefix, rows=rows)
+            entry = block(entry, rope, num_prefix=1, rows=rows)
         out = entry.add()
         return out if self.savings.drop_row else out[:, 1:]
 

@@ -13,7 +13,7 @@ from torch import nn
 from deltakern.models import checkpoint
 from deltakern.models.validate import check_frames, check_uint8
 from deltakern.nn import Block, Residual
-from deltakern.nn.block import Rope, add_and_norm, spread_rope
+from deltakern.nn.block import Rope, add_and_norm
 
 DEFAULT_WEIGHTS = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 
@@ -150,9 +150,9 @@ class VisionTransformer(nn.Module):
         tokens = self.embeddings(pixels)
         # Autocast's convolution leaves bf16; the residual stream stays in the parameters' dtype, as LayerScale would make it.
         entry = Residual(tokens.to(self.norm.weight.dtype))
-        rope, unrotated = spread_rope(self._rope(pixels), prefix, tokens.shape[1])
+        rope = self._rope(pixels)
         for block in self.model.layer:
-            entry = block(entry, rope, num_prefix=unrotated)
+            entry = block(entry, rope, num_prefix=prefix)
         return add_and_norm(entry.rows(slice(prefix, None)), self.norm, None)[1]
 
 

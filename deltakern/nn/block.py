@@ -62,7 +62,7 @@ class Assembly(NamedTuple):
 
 def _takes_reference(x: torch.Tensor) -> bool:
     """Whether the ops take their references for x, which is known at once on a CPU where no kernel was asked for."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and backend.preferred() in (None, "reference")
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and backend.preferred() in (None, "reference", "cpp")
 
 
 def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,19 +86,6 @@ def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torc
             return entry.stream, normed.to(out_dtype or entry.stream.dtype)
         return entry.stream, ops.layer_norm(entry.stream, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
     return ops.residual_norm(entry.stream, entry.branch, entry.scale, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
-
-
-def spread_rope(rope: Rope, num_prefix: int, length: int) -> tuple[Rope, int]:
-    """Tables and ``num_prefix`` for blocks of ``length`` tokens.
-
-    Kernels read the tables (N,d) as they are, once a frame, past the prefix. The reference needs a row for every token: on a CPU,
-    where it runs, the tables get them here, once for all blocks.
-    """
-    if not _takes_reference(rope[0]):
-        return rope, num_prefix
-    repeats = (length - num_prefix) // rope[0].shape[0]
-    cos, sin = rope if repeats == 1 else (t.repeat(repeats, 1) for t in rope)
-    return (F.pad(cos, (0, 0, num_prefix, 0), value=1.0), F.pad(sin, (0, 0, num_prefix, 0))), 0
 
 
 def norm_again(stream: torch.Tensor, normed: torch.Tensor, norm: nn.LayerNorm) -> Fleeting:

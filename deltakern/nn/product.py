@@ -32,13 +32,14 @@ def _available() -> bool:
 
 
 def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether products of x in ``dtype`` are float32 ones on a CPU, without gradient and with no kernel asked for: what oneDNN may take."""
+    """Whether products of x in ``dtype`` are float32 ones on a CPU, without gradient and not asked for in a GPU's manner: what
+    oneDNN may take."""
     return (
         x.device.type == "cpu"
         and x.dtype == dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and backend.preferred() in (None, "reference")
+        and backend.preferred() in (None, "reference", "cpp")
         and _available()
     )
 

@@ -1,4 +1,4 @@
-"""What the Triton ops share on the host: the library they register in, the one place that starts kernels, row views.
+"""What the ops with kernels share on the host: the library they register in, the one place that starts Triton kernels, row views.
 
 Importing this module does not import Triton: kernels live in ``deltakern/ops/kernels``, imported by the first call that runs one.
 """
@@ -57,15 +57,20 @@ def define(schema: str, *, module: str, fake: Callable[..., Any]) -> Any:
     Returns:
         The overload to call.
     """
-    name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def launcher(*args: Any) -> Any:
         return getattr(_kernels(module), name)(*args)
 
-    run = _guarded(name, launcher)
-    LIBRARY.impl(name, run, "CPU")
-    LIBRARY.impl(name, run, "CUDA")
+    name = schema.split("(", 1)[0]
+    return register(schema, {"CPU": launcher, "CUDA": launcher}, fake=fake)
+
+
+def register(schema: str, runs: dict[str, Callable[..., Any]], *, fake: Callable[..., Any]) -> Any:
+    """Registers a low-level op, as :func:`define`, with a function for each dispatch key."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key, run in runs.items():
+        LIBRARY.impl(name, _guarded(name, run), key)
     torch.library.register_fake(f"deltakern::{name}", _guarded(name, fake), lib=LIBRARY)
     return getattr(torch.ops.deltakern, name).default
 

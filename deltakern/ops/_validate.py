@@ -38,6 +38,19 @@ def one_device(op: str, **tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device} but {first} is on {device}")
 
 
+def floating_on_one_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Both in one pass."""
+    device = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if device is None:
+            device = tensor.device
+        if tensor.dtype not in FLOATS or tensor.device != device:
+            floating(op, **tensors)
+            one_device(op, **tensors)
+
+
 def choice(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {tuple(allowed)}, got {value!r}")

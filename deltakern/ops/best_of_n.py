@@ -34,12 +34,11 @@ import torch
 import torch.nn.functional as F
 
 from deltakern import backend
-from deltakern.ops import _triton, _validate
+from deltakern.ops import _extension, _triton, _validate
 from deltakern.ops._once import once_differentiable
 
 LOSSES = ("smooth_l1", "log_cosh", "mse", "l1")
 _MOST_LEADING, _MOST_REDUCED = 6, 4  # csrc/best_of_n.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def best_of_n_reference(
@@ -84,22 +83,8 @@ def best_of_n_reference(
     return (index, best, losses) if return_losses else (index, best)
 
 
-def _extension_refuses(facts: backend.Facts, device: str) -> str | None:
-    if facts.device != device:
-        return f"the kernel runs on {device}, got {facts.device}"
-    for dtype in facts.dtypes:
-        if dtype not in _DTYPES:
-            return f"the kernel takes float32, bfloat16, float16, got {str(dtype).removeprefix('torch.')}"
-    loaded = backend.extension()
-    return None if loaded.module is not None else f"the compiled extension could not be imported: {loaded.error}"
-
-
-def _cpp_refuses(facts: backend.Facts) -> str | None:
-    return _extension_refuses(facts, "cpu")
-
-
 def _cuda_refuses(facts: backend.Facts) -> str | None:
-    refused = _extension_refuses(facts, "cuda")
+    refused = _extension.refuses(facts, "cuda")
     if refused is not None:
         return refused
     extension = backend.extension().module
@@ -150,24 +135,17 @@ def _described(candidates, target, loss, beta, reduce_dims, outputs, return_loss
     """The extension's arguments that both devices share."""
     index, best, losses = outputs
     return (
-        *(candidates.data_ptr(), _DTYPES[candidates.dtype], candidates.shape, candidates.stride()),
-        *(target.data_ptr(), _DTYPES[target.dtype], target.shape, target.stride()),
+        *(candidates.data_ptr(), _extension.DTYPES[candidates.dtype], candidates.shape, candidates.stride()),
+        *(target.data_ptr(), _extension.DTYPES[target.dtype], target.shape, target.stride()),
         *(reduce_dims, LOSSES.index(loss), beta),
         *(index.data_ptr(), best.data_ptr(), losses.data_ptr() if return_losses else 0),
     )
 
 
-def _loaded():
-    loaded = backend.extension()
-    if loaded.module is None:
-        raise backend.BackendError(f"best_of_n: the compiled extension could not be imported: {loaded.error}")
-    return loaded.module
-
-
 def _run_cpu(candidates, target, loss, beta, reduce_dims, return_losses):
     outputs = _outputs(candidates, reduce_dims, return_losses)
     described = _described(candidates, target, loss, beta, reduce_dims, outputs, return_losses)
-    _loaded().best_of_n_cpu(*described, torch.get_num_threads())
+    _extension.module("best_of_n").best_of_n_cpu(*described, torch.get_num_threads())
     return outputs
 
 
@@ -177,7 +155,7 @@ def _multiprocessors(device: int) -> int:
 
 
 def _run_cuda(candidates, target, loss, beta, reduce_dims, return_losses):
-    extension, device = _loaded(), candidates.device.index
+    extension, device = _extension.module("best_of_n"), candidates.device.index
     axis = candidates.ndim - reduce_dims - 1
     with torch.cuda.device(device):
         outputs = _outputs(candidates, reduce_dims, return_losses)
@@ -194,15 +172,11 @@ def _fake(candidates, target, loss, beta, reduce_dims, return_losses):
     return _outputs(candidates, reduce_dims, return_losses)
 
 
-_triton.LIBRARY.define(
+_best_of_n = _triton.register(
     "best_of_n(Tensor candidates, Tensor target, str loss, float beta, int reduce_dims, bool return_losses) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    {"CPU": _run_cpu, "CUDA": _run_cuda},
+    fake=_fake,
 )
-# Guarded: a recorded direct call raises, because the gradient belongs to the autograd.Function below.
-_triton.LIBRARY.impl("best_of_n", _triton._guarded("best_of_n", _run_cpu), "CPU")
-_triton.LIBRARY.impl("best_of_n", _triton._guarded("best_of_n", _run_cuda), "CUDA")
-torch.library.register_fake("deltakern::best_of_n", _triton._guarded("best_of_n", _fake), lib=_triton.LIBRARY)
-_best_of_n = torch.ops.deltakern.best_of_n.default
 
 
 def _slope(difference: torch.Tensor, loss: str, beta: float) -> torch.Tensor:
@@ -265,7 +239,7 @@ def _check(candidates, target, loss, beta, reduce_dims) -> None:
     _validate.one_device(op, candidates=candidates, target=target)
 
 
-@backend.op(reference=best_of_n_reference, facts=_facts, kernels={"cpp": _cpp_refuses, "cuda": _cuda_refuses})
+@backend.op(reference=best_of_n_reference, facts=_facts, kernels={"cpp": _extension.cpp_refuses, "cuda": _cuda_refuses})
 def best_of_n(
     candidates: torch.Tensor,
     target: torch.Tensor,

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from deltakern import backend
-from deltakern.ops import _triton, _validate
+from deltakern.ops import _extension, _triton, _validate
 from deltakern.ops._once import once_differentiable
 
 ORDERS = ("pre_rope", "post_rope")
@@ -48,7 +48,7 @@ def rope_qk_norm_reference(
     head = cos.shape[1]
     half = head // 2
     cos, sin = cos.to(wide), sin.to(wide)
-    if num_prefix or repeats > 1:
+    if num_prefix or repeats != 1:
         # Rows for the prefix (cosine 1, sine 0), in the small tables, so that no tensor of x's size is split and joined.
         cos = F.pad(cos.repeat(repeats, 1), (0, 0, num_prefix, 0), value=1.0)
         sin = F.pad(sin.repeat(repeats, 1), (0, 0, num_prefix, 0))
@@ -72,36 +72,39 @@ def rope_qk_norm_reference(
 
 
 def _facts(q, k, cos, sin, q_weight, k_weight, **_) -> backend.Facts:
-    tensors = [t for t in (q, k, cos, sin, q_weight, k_weight) if t is not None]
-    return backend.Facts(k.device.type, tuple(t.dtype for t in tensors), backend.too_wide(k.shape[-1], 256))
+    dtypes = tuple([t.dtype for t in (q, k, cos, sin, q_weight, k_weight) if t is not None])
+    return backend.Facts(k.device.type, dtypes, backend.too_wide(k.shape[-1], 256))
 
 
 def _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
+    # What is compared here and again in _validate is so because a call costs more than all of its comparisons.
     op = "rope_qk_norm"
     _validate.choice(op, "order", order, ORDERS)
-    _validate.rank(op, "k", k, "(B,L,H,d)")
-    if q is not None:
+    shape, table = k.shape, cos.shape
+    if len(shape) != 4:
+        _validate.rank(op, "k", k, "(B,L,H,d)")
+    if q is not None and q.shape != shape:
         _validate.rank(op, "q", q, "(B,L,H,d)")
         _validate.shape(op, "k", k, q.shape, "q's shape (B,L,H,d)")
-    length, head = k.shape[1], k.shape[3]
-    if head % 2:
-        raise ValueError(f"{op}: k must have an even number of channels a head, got {head}")
-    _validate.rank(op, "cos", cos, "(N,d)")
-    _validate.shape(op, "cos", cos, (cos.shape[0], head), "(N,d)")
-    _validate.shape(op, "sin", sin, cos.shape, "cos's shape (N,d)")
+    length, head = shape[1], shape[3]
+    if head % 2 or head == 0:
+        raise ValueError(f"{op}: k must have an even number of channels a head, and at least 2, got {head}")
+    if len(table) != 2 or table[1] != head:
+        _validate.rank(op, "cos", cos, "(N,d)")
+        _validate.shape(op, "cos", cos, (table[0], head), "(N,d)")
+    if sin.shape != table:
+        _validate.shape(op, "sin", sin, table, "cos's shape (N,d)")
     if not 0 <= num_prefix <= length:
         raise ValueError(f"{op}: num_prefix must be between 0 and L={length}, got {num_prefix}")
-    if cos.shape[0] == 0 or (length - num_prefix) % cos.shape[0]:
-        raise ValueError(f"{op}: cos must have N rows with L - num_prefix = {length - num_prefix} a multiple of N, got N={cos.shape[0]}")
+    if table[0] == 0 or (length - num_prefix) % table[0]:
+        raise ValueError(f"{op}: cos must have N rows with L - num_prefix = {length - num_prefix} a multiple of N, got N={table[0]}")
     for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight)):
         if tensor is not None:
             _validate.shape(op, name, tensor, (head,), "(d,)")
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        if tensor.requires_grad:
-            raise ValueError(f"{op}: {name} has no gradient, got a tensor that requires grad")
-    tensors = {"q": q, "k": k, "cos": cos, "sin": sin, "q_weight": q_weight, "k_weight": k_weight}
-    _validate.floating(op, **tensors)
-    _validate.one_device(op, **tensors)
+    if cos.requires_grad or sin.requires_grad:
+        name = "cos" if cos.requires_grad else "sin"
+        raise ValueError(f"{op}: {name} has no gradient, got a tensor that requires grad")
+    _validate.floating_on_one_device(op, q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
 
 
 def _forward_fake(q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps):
@@ -132,13 +135,98 @@ _backward = _triton.define(
 )
 
 
+def _single(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A table or a weight as the extension reads it: float32 with unit stride."""
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.stride(-1) == 1):
+        return tensor
+    return tensor.float().contiguous()
+
+
+def _fresh(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)  # faster than torch.empty of a shape
+
+
+# A side is what csrc/bindings.cpp unpacks. Addresses keep nothing alive: the caller holds x, weight and grad.
+
+
+def _forward_side(x, weight, out):
+    if x is None:
+        return 0, 0, _NOWHERE, 0, 0
+    return x.data_ptr(), _extension.DTYPES[x.dtype], x.stride(), 0 if weight is None else weight.data_ptr(), out.data_ptr()
+
+
+def _backward_side(x, weight, grad, dx):
+    if grad is None:
+        return 0, 0, _NOWHERE, 0, (0, _NOWHERE, 0, _NOWHERE)
+    return *_forward_side(x, weight, dx)[:4], (grad.data_ptr(), grad.stride(), dx.data_ptr(), dx.stride())
+
+
+_NOWHERE = (0, 0, 0, 1)  # strides
+
+
+def _run_forward(q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps):
+    k, k_weight, cos, sin = _triton.unit(k), _single(k_weight), _single(cos), _single(sin)
+    k_out = _fresh(k)
+    if q is None:
+        q_out = k.new_empty(0)
+    else:
+        q, q_weight = _triton.unit(q), _single(q_weight)
+        q_out = _fresh(q)
+    _extension.module("rope_qk_norm").rope_qk_norm_forward_cpu(
+        _forward_side(q, q_weight, q_out),
+        _forward_side(k, k_weight, k_out),
+        k.shape,
+        (cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0), cos.shape[0]),
+        (pre_rope, num_prefix, eps),
+        torch.get_num_threads(),
+    )
+    return q_out, k_out
+
+
+def _run_backward(q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, pre_rope, num_prefix, eps):
+    k, k_weight, cos, sin = _triton.unit(k), _single(k_weight), _single(cos), _single(sin)
+    dq, dk, sums = k.new_empty(0), k.new_empty(0), k.new_empty((2, k.shape[3]), dtype=torch.float32)
+    if q is None:
+        grad_q = None
+    if grad_q is not None:
+        q, q_weight, grad_q = _triton.unit(q), _single(q_weight), _triton.unit(grad_q)
+        dq = _fresh(q)
+    if grad_k is not None:
+        grad_k, dk = _triton.unit(grad_k), _fresh(k)
+    _extension.module("rope_qk_norm").rope_qk_norm_backward_cpu(
+        _backward_side(q, q_weight, grad_q, dq),
+        _backward_side(k, k_weight, grad_k, dk),
+        k.shape,
+        (cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0), cos.shape[0]),
+        (pre_rope, num_prefix, eps),
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dq, dk, sums
+
+
+_forward_cpp = _triton.register(
+    "rope_qk_norm_forward_cpp(Tensor? q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight,"
+    " bool pre_rope, int num_prefix, float eps) -> (Tensor, Tensor)",
+    {"CPU": _run_forward},
+    fake=_forward_fake,
+)
+_backward_cpp = _triton.register(
+    "rope_qk_norm_backward_cpp(Tensor? q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight,"
+    " Tensor? grad_q, Tensor? grad_k, bool pre_rope, int num_prefix, float eps) -> (Tensor, Tensor, Tensor)",
+    {"CPU": _run_backward},
+    fake=_backward_fake,
+)
+_LIBRARY_OPS = {"triton": (_forward, _backward), "cpp": (_forward_cpp, _backward_cpp)}
+
+
 class _RopeQKNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps):
+    def forward(ctx, q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps, impl):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, cos, sin, q_weight, k_weight)
-        ctx.options = (pre_rope, num_prefix, eps)
-        q_out, k_out = _forward(q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps)
+        ctx.options, ctx.impl = (pre_rope, num_prefix, eps), impl
+        q_out, k_out = _LIBRARY_OPS[impl][0](q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps)
         return None if q is None else q_out, k_out
 
     @staticmethod
@@ -149,8 +237,8 @@ class _RopeQKNorm(torch.autograd.Function):
         grad_q = grad_q if want_q or want_q_weight else None
         grad_k = grad_k if want_k or want_k_weight else None
         if grad_q is None and grad_k is None:
-            return (None,) * 9
-        dq, dk, sums = _backward(q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, *ctx.options)
+            return (None,) * 10
+        dq, dk, sums = _LIBRARY_OPS[ctx.impl][1](q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, *ctx.options)
         return (
             dq if want_q and grad_q is not None else None,
             dk if want_k and grad_k is not None else None,
@@ -158,13 +246,30 @@ class _RopeQKNorm(torch.autograd.Function):
             None,
             sums[0].to(q_weight.dtype) if want_q_weight and grad_q is not None else None,
             sums[1].to(k_weight.dtype) if want_k_weight and grad_k is not None else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
-@backend.op(reference=rope_qk_norm_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+def run(
+    impl: str,
+    q: torch.Tensor | None,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    pre_rope: bool,
+    num_prefix: int,
+    eps: float,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The kernels of ``impl`` on checked arguments, with their gradient where one is needed."""
+    if _triton.needs_grad(q, k, q_weight, k_weight):
+        return _RopeQKNorm.apply(q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps, impl)
+    q_out, k_out = _LIBRARY_OPS[impl][0](q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps)
+    return None if q is None else q_out, k_out
+
+
+@backend.op(reference=rope_qk_norm_reference, facts=_facts, kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses})
 def rope_qk_norm(
     q: torch.Tensor | None,
     k: torch.Tensor,
@@ -195,10 +300,7 @@ def rope_qk_norm(
     _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix)
     if q is None:
         q_weight = None
-    if backend.choose(rope_qk_norm, impl, _facts(q, k, cos, sin, q_weight, k_weight)) == "triton":
-        options = (order == "pre_rope", num_prefix, eps)
-        if _triton.needs_grad(q, k, q_weight, k_weight):
-            return _RopeQKNorm.apply(q, k, cos, sin, q_weight, k_weight, *options)
-        q_out, k_out = _forward(q, k, cos, sin, q_weight, k_weight, *options)
-        return None if q is None else q_out, k_out
-    return rope_qk_norm_reference(q, k, cos, sin, q_weight, k_weight, order=order, num_prefix=num_prefix, eps=eps)
+    chosen = backend.choose(rope_qk_norm, impl, _facts(q, k, cos, sin, q_weight, k_weight))
+    if chosen == "reference":
+        return rope_qk_norm_reference(q, k, cos, sin, q_weight, k_weight, order=order, num_prefix=num_prefix, eps=eps)
+    return run(chosen, q, k, cos, sin, q_weight, k_weight, order == "pre_rope", num_prefix, eps)

@@ -18,10 +18,10 @@ from __future__ import annotations
 import torch
 
 from deltakern import backend
-from deltakern.ops import _triton, _validate
+from deltakern.ops import _extension, _triton, _validate
 from deltakern.ops._once import once_differentiable
 from deltakern.ops.rope_qk_norm import _check as _check_rope
-from deltakern.ops.rope_qk_norm import _forward, rope_qk_norm, rope_qk_norm_reference
+from deltakern.ops.rope_qk_norm import _forward, rope_qk_norm_reference, run
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -110,7 +110,7 @@ def _check(packed, cos, sin, q_weight, k_weight, heads, gated, order, num_prefix
     _check_rope(None, _slices(packed, heads, cos.shape[1], False)[1], cos, sin, q_weight, k_weight, order, num_prefix)
 
 
-@backend.op(reference=split_qkv_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+@backend.op(reference=split_qkv_reference, facts=_facts, kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses})
 def split_qkv(
     packed: torch.Tensor,
     cos: torch.Tensor,
@@ -142,11 +142,11 @@ def split_qkv(
         ValueError: shapes, devices, order, num_prefix, a table that requires grad. TypeError: dtypes.
     """
     _check(packed, cos, sin, q_weight, k_weight, heads, gated, order, num_prefix)
-    if backend.choose(split_qkv, impl, _facts(packed, cos, sin, q_weight, k_weight)) == "triton":
-        if _triton.needs_grad(packed, q_weight, k_weight) and not torch.compiler.is_compiling():
+    chosen = backend.choose(split_qkv, impl, _facts(packed, cos, sin, q_weight, k_weight))
+    if chosen != "reference":
+        if chosen == "triton" and _triton.needs_grad(packed, q_weight, k_weight) and not torch.compiler.is_compiling():
             return _SplitQKV.apply(packed, cos, sin, q_weight, k_weight, heads, gated, order == "pre_rope", num_prefix, eps)
         # Under torch.compile the slices' gradients are joined in the graph: a Function that returns views is not traced.
         q, k, v, gate = _slices(packed, heads, cos.shape[1], gated)
-        q, k = rope_qk_norm(q, k, cos, sin, q_weight, k_weight, order=order, num_prefix=num_prefix, eps=eps, impl="triton")
-        return q, k, v, gate
+        return *run(chosen, q, k, cos, sin, q_weight, k_weight, order == "pre_rope", num_prefix, eps), v, gate
     return split_qkv_reference(packed, cos, sin, q_weight, k_weight, heads=heads, gated=gated, order=order, num_prefix=num_prefix, eps=eps)
