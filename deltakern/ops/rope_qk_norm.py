@@ -48,7 +48,7 @@ def rope_qk_norm_reference(
     head = cos.shape[1]
     half = head // 2
     cos, sin = cos.to(wide), sin.to(wide)
-    if num_prefix or repeats > 1:
+    if num_prefix or repeats != 1:
         # Rows for the prefix (cosine 1, sine 0), in the small tables, so that no tensor of x's size is split and joined.
         cos = F.pad(cos.repeat(repeats, 1), (0, 0, num_prefix, 0), value=1.0)
         sin = F.pad(sin.repeat(repeats, 1), (0, 0, num_prefix, 0))
