@@ -89,6 +89,7 @@ def assert_case_accurate(
     wanted: Sequence[int] | None = None,
     only: int | None = None,
     lay: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
+    impl: str = "triton",
 ) -> None:
     """Kernel against float64, no worse than plain torch by compare.py's rule: every output, every gradient.
 
@@ -109,7 +110,7 @@ def assert_case_accurate(
         return None if made is None else lay(made)
 
     with poisoned():
-        kernel = forward_backward(case.function, laid, {**kwargs, "impl": "triton"}, wanted, laid_cotangents)
+        kernel = forward_backward(case.function, laid, {**kwargs, "impl": impl}, wanted, laid_cotangents)
     for kind, ours, theirs, exactly in zip(("output", "gradient"), kernel, plain, truth, strict=True):
         for i, (k, p, t) in enumerate(zip(ours, theirs, exactly, strict=True)):
             assert k.dtype == p.dtype, f"{kind} {i}: {k.dtype}, the reference gives {p.dtype}"
@@ -144,8 +145,8 @@ def far_apart(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_tensor(()).set_(memory, 0, tensor.shape, (stride, *inner.stride())).copy_(tensor)
 
 
-def run_kernel(case: Case, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensors, Tensors]:
-    return forward_backward(case.function, args, {**kwargs, "impl": "triton"}, case.differentiable, random_cotangents())
+def run_kernel(case: Case, args: Sequence[Any], kwargs: dict[str, Any], impl: str = "triton") -> tuple[Tensors, Tensors]:
+    return forward_backward(case.function, args, {**kwargs, "impl": impl}, case.differentiable, random_cotangents())
 
 
 class LibraryCalls(TorchDispatchMode):
