@@ -54,7 +54,7 @@ def _facts(packed, cos, sin, q_weight, k_weight, **_) -> backend.Facts:
 
 def _slices(packed: torch.Tensor, heads: int, head: int, gated: bool) -> Outputs:
     width = heads * head
-    q, k, v = (packed[..., i * width : (i + 1) * width].unflatten(-1, (heads, head)) for i in range(3))
+    q, k, v = packed[..., : 3 * width].unflatten(-1, (3, heads, head)).unbind(2)
     return q, k, v, packed[..., 3 * width : 3 * width + heads] if gated else None
 
 
@@ -107,7 +107,8 @@ def _check(packed, cos, sin, q_weight, k_weight, heads, gated, order, num_prefix
         raise ValueError(
             f"{op}: packed must be (B,L,E) with {wanted} for H={heads}, d={cos.shape[1]}, got {_validate.wanted_shape(packed)}"
         )
-    _check_rope(None, _slices(packed, heads, cos.shape[1], False)[1], cos, sin, q_weight, k_weight, order, num_prefix)
+    k = packed[..., : heads * cos.shape[1]].unflatten(-1, (heads, cos.shape[1]))  # or q: of one shape
+    _check_rope(None, k, cos, sin, q_weight, k_weight, order, num_prefix)
 
 
 @backend.op(reference=split_qkv_reference, facts=_facts, kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses})
