@@ -8,7 +8,7 @@ namespace deltakern {
 // A row is summed in blocks of kBlock elements. Within a block element i goes to lane i % kLanes, every lane adds in order, and the
 // lanes are folded in halves; the blocks' sums are added in float64, in order. This depends on the row's width alone: not on
 // strides, dtype, threads, the tiling, or the instruction set (but without FMA every addition of a product rounds twice).
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kBlock = 1024;
 constexpr int kLanes = 64;
 
 // Sums of `value` over n <= kBlock elements of `rows` rows that start `row_stride` elements apart, against one target block.

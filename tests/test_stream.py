@@ -134,7 +134,7 @@ def test_ten_thousand_frames_in_constant_memory(one_thread):
             held.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
     batch = model.tokenizer.tokenize(frames[None])[0]
     torch.testing.assert_close(streamed, batch, rtol=1e-4, atol=1e-5)
-    assert held[0] == held[1] == held[2]
+    assert held[0] >= held[1] >= held[2]  # what other tests left behind may go meanwhile
     kept = [t for group in (stream._features, stream._tokens, stream._projected) for t in group]
     assert len(kept) == 4 + 4 + 4
     assert sum(t.untyped_storage().nbytes() for t in kept) < 8192
