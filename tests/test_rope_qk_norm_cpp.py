@@ -1,4 +1,4 @@
-"""rope_qk_norm in C++: values and gradients against float64, layouts, bits, tracing, the choice of it, what C++ refuses."""
+"""rope_qk_norm and split_qkv in C++: values and gradients against float64, layouts, bits, tracing, the choice of it, what C++ refuses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ WIDE = [
     dataclasses.replace(case, make=lambda *a, case=case: case.make(*a[:3], 1e-6))
     for case in (BY_NAME[name] for name in ("encoder-512", "encoder-512-post-rope", "encoder-512-last", "backbone-512"))
 ]
-each_case = pytest.mark.parametrize("case", TINY + WIDE, ids=lambda case: case.name)
+PACKED = cases("split_qkv", "tiny")
+each_case = pytest.mark.parametrize("case", TINY + WIDE + PACKED, ids=lambda case: f"{case.op}-{case.name}")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -75,7 +76,8 @@ def test_offsets_beyond_2_to_31(case: Case):
 def test_any_subset_of_gradients_and_any_output(case: Case):
     for wanted in itertools.chain.from_iterable(itertools.combinations(case.differentiable, n) for n in (1, 2, 3)):
         assert_case_accurate(case, torch.float32, CPU, wanted=wanted, impl="cpp")
-    for only in range(1 if case.differentiable[0] == 1 else 2):
+    outputs = case.function(*inputs(case, torch.float32, CPU)[0], **inputs(case, torch.float32, CPU)[1])
+    for only in range(sum(output is not None for output in outputs)):
         assert_case_accurate(case, torch.float32, CPU, only=only, impl="cpp")
 
 
@@ -142,12 +144,13 @@ def test_a_negated_view():
 
 @each_case
 def test_tables_and_weights_of_other_dtypes_and_strides(case: Case):
-    (q, k, *rest), kwargs = inputs(case, torch.float32, CPU)
-    rounded = [None if t is None else t.bfloat16() for t in rest]
-    expected = ops.rope_qk_norm(q, k, *[None if t is None else t.float() for t in rounded], impl="cpp", **kwargs)
+    args, kwargs = inputs(case, torch.float32, CPU)
+    *first, cos, sin, q_weight, k_weight = args
+    rounded = [None if t is None else t.bfloat16() for t in (cos, sin, q_weight, k_weight)]
+    expected = case.function(*first, *[None if t is None else t.float() for t in rounded], impl="cpp", **kwargs)
     spread = [None if t is None else t.repeat_interleave(2, -1)[..., ::2] for t in rounded]
     for given_ in (rounded, spread, [None if t is None else t.float() for t in spread]):
-        found = ops.rope_qk_norm(q, k, *given_, impl="cpp", **kwargs)
+        found = case.function(*first, *given_, impl="cpp", **kwargs)
         assert same([t for t in found if t is not None], [t for t in expected if t is not None])
 
 
@@ -197,13 +200,13 @@ def test_library_ops_pass_opcheck(case: Case):
     with LibraryCalls() as seen:
         run_kernel(case, args, kwargs, impl="cpp")
     names = {func._schema.name for func, _, _ in seen.calls}
-    assert names == {"deltakern::rope_qk_norm_forward_cpp", "deltakern::rope_qk_norm_backward_cpp"}
+    assert names == {"deltakern::rope_qk_norm_forward_cpp", f"deltakern::{case.op}_backward_cpp"}
     for func, given_, named in seen.calls:
         detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in given_]
         torch.library.opcheck(func, detached, named)
 
 
-@pytest.mark.parametrize("case", [BY_NAME["pair"], BY_NAME["keys"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [BY_NAME["pair"], BY_NAME["keys"], PACKED[0]], ids=lambda case: f"{case.op}-{case.name}")
 def test_compiles_in_one_graph_forward_and_backward(case: Case):
     args, kwargs = inputs(case, torch.float32, CPU)
     torch._dynamo.reset()

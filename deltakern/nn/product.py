@@ -32,7 +32,7 @@ def _available() -> bool:
 
 
 def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether products of x in ``dtype`` are float32 ones on a CPU, without gradient and not asked for in a GPU's manner: what
+    """Whether products of x in ``dtype`` are float32 ones on a CPU, without gradient and with no interpreted kernels asked for: what
     oneDNN may take."""
     return (
         x.device.type == "cpu"

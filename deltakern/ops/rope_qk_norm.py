@@ -14,7 +14,8 @@ Shapes: q, k (B,L,H,d), any strides with unit stride in d (slices of a packed pr
 Out: q, k contiguous (B,L,H,d) in the dtype of the inputs. d is even.
 Dtypes: float32, bfloat16, float16 (float64 in the reference); accumulated in float32 (float64 for float64).
 Gradient: q, k, q_weight, k_weight (not the tables: a table that requires grad raises).
-Determinism: partial sums for the weights are added in a fixed order.
+Determinism: partial sums for the weights are added in a fixed order, on a CPU one that does not depend on the number of threads
+nor on whether AVX2 or AVX-512 runs.
 Source: qk_norm.py of the released code and DINOv3's apply_rotary_pos_emb; paper, appendix (architecture).
 """
 
@@ -184,15 +185,20 @@ def _run_forward(q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps):
 
 
 def _run_backward(q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, pre_rope, num_prefix, eps):
-    k, k_weight, cos, sin = _triton.unit(k), _single(k_weight), _single(cos), _single(sin)
-    dq, dk, sums = k.new_empty(0), k.new_empty(0), k.new_empty((2, k.shape[3]), dtype=torch.float32)
     if q is None:
         grad_q = None
+    dq, dk = (k.new_empty(0) if grad is None else _fresh(x) for x, grad in ((q, grad_q), (k, grad_k)))
+    return dq, dk, backward_into(dq, dk, q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, pre_rope, num_prefix, eps)
+
+
+def backward_into(dq, dk, q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, pre_rope, num_prefix, eps) -> torch.Tensor:
+    """Fills dq and dk, of any strides but one in d, where there is a gradient; returns the weights' sums (2, d). By the extension."""
+    k, k_weight, cos, sin = _triton.unit(k), _single(k_weight), _single(cos), _single(sin)
     if grad_q is not None:
         q, q_weight, grad_q = _triton.unit(q), _single(q_weight), _triton.unit(grad_q)
-        dq = _fresh(q)
     if grad_k is not None:
-        grad_k, dk = _triton.unit(grad_k), _fresh(k)
+        grad_k = _triton.unit(grad_k)
+    sums = k.new_empty((2, k.shape[3]), dtype=torch.float32)
     _extension.module("rope_qk_norm").rope_qk_norm_backward_cpu(
         _backward_side(q, q_weight, grad_q, dq),
         _backward_side(k, k_weight, grad_k, dk),
@@ -202,7 +208,7 @@ def _run_backward(q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, pre_rope, 
         sums.data_ptr(),
         torch.get_num_threads(),
     )
-    return dq, dk, sums
+    return sums
 
 
 _forward_cpp = _triton.register(

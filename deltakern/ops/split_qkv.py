@@ -21,7 +21,7 @@ from deltakern import backend
 from deltakern.ops import _extension, _triton, _validate
 from deltakern.ops._once import once_differentiable
 from deltakern.ops.rope_qk_norm import _check as _check_rope
-from deltakern.ops.rope_qk_norm import _forward, rope_qk_norm_reference, run
+from deltakern.ops.rope_qk_norm import _forward, _forward_cpp, backward_into, rope_qk_norm_reference, run
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -52,10 +52,45 @@ def _facts(packed, cos, sin, q_weight, k_weight, **_) -> backend.Facts:
     return backend.Facts(packed.device.type, tuple(t.dtype for t in tensors), backend.too_wide(cos.shape[-1], 256))
 
 
-def _slices(packed: torch.Tensor, heads: int, head: int, gated: bool) -> Outputs:
+def slices(packed: torch.Tensor, heads: int, head: int, gated: bool) -> Outputs:
     width = heads * head
     q, k, v = packed[..., : 3 * width].unflatten(-1, (3, heads, head)).unbind(2)
     return q, k, v, packed[..., 3 * width : 3 * width + heads] if gated else None
+
+
+def gradient_to_fill(
+    packed: torch.Tensor,
+    heads: int,
+    head: int,
+    grad_q: torch.Tensor | None,
+    grad_k: torch.Tensor | None,
+    grad_v: torch.Tensor | None,
+    grad_gate: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(d_packed, dq, dk): the gradient, written but for q's and k's, and the views of it that their kernel fills."""
+    d_packed = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+    dq, dk, dv, _ = slices(d_packed, heads, head, False)
+    for to, grad in ((dq, grad_q), (dk, grad_k)):
+        if grad is None:
+            to.zero_()
+    if grad_v is None:
+        dv.zero_()
+    else:
+        dv.copy_(grad_v)
+    rest = d_packed[..., 3 * heads * head :]  # the gate's logits, and the columns of zero weights that fill the row
+    if grad_gate is None:
+        rest.zero_()
+    else:
+        rest[..., :heads].copy_(grad_gate)
+        rest[..., heads:].zero_()
+    return d_packed, dq, dk
+
+
+def _run_backward(packed, cos, sin, q_weight, k_weight, grad_q, grad_k, grad_v, grad_gate, heads, pre_rope, num_prefix, eps):
+    d_packed, dq, dk = gradient_to_fill(packed, heads, cos.shape[1], grad_q, grad_k, grad_v, grad_gate)
+    q, k = slices(packed, heads, cos.shape[1], False)[:2]
+    options = (pre_rope, num_prefix, eps)
+    return d_packed, backward_into(dq, dk, q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, *options)
 
 
 def _backward_fake(packed, cos, sin, q_weight, k_weight, grad_q, grad_k, grad_v, grad_gate, heads, pre_rope, num_prefix, eps):
@@ -70,14 +105,23 @@ _backward = _triton.define(
 )
 
 
+_backward_cpp = _triton.register(
+    "split_qkv_backward_cpp(Tensor packed, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, Tensor? grad_q, Tensor? grad_k,"
+    " Tensor? grad_v, Tensor? grad_gate, int heads, bool pre_rope, int num_prefix, float eps) -> (Tensor, Tensor)",
+    {"CPU": _run_backward},
+    fake=_backward_fake,
+)
+_LIBRARY_OPS = {"triton": (_forward, _backward), "cpp": (_forward_cpp, _backward_cpp)}
+
+
 class _SplitQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, packed, cos, sin, q_weight, k_weight, heads, gated, pre_rope, num_prefix, eps):
+    def forward(ctx, packed, cos, sin, q_weight, k_weight, heads, gated, pre_rope, num_prefix, eps, impl):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(packed, cos, sin, q_weight, k_weight)
-        ctx.options = (heads, pre_rope, num_prefix, eps)
-        q, k, v, gate = _slices(packed, heads, cos.shape[1], gated)
-        return *_forward(q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps), v, gate
+        ctx.options, ctx.impl = (heads, pre_rope, num_prefix, eps), impl
+        q, k, v, gate = slices(packed, heads, cos.shape[1], gated)
+        return *_LIBRARY_OPS[impl][0](q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps), v, gate
 
     @staticmethod
     @once_differentiable("split_qkv")
@@ -85,15 +129,15 @@ class _SplitQKV(torch.autograd.Function):
         packed, cos, sin, q_weight, k_weight = ctx.saved_tensors
         want_packed, _, _, want_q_weight, want_k_weight = ctx.needs_input_grad[:5]
         if grad_q is None and grad_k is None and grad_v is None and grad_gate is None:
-            return (None,) * 10
-        d_packed, sums = _backward(packed, cos, sin, q_weight, k_weight, grad_q, grad_k, grad_v, grad_gate, *ctx.options)
+            return (None,) * 11
+        d_packed, sums = _LIBRARY_OPS[ctx.impl][1](packed, cos, sin, q_weight, k_weight, grad_q, grad_k, grad_v, grad_gate, *ctx.options)
         return (
             d_packed if want_packed else None,
             None,
             None,
             sums[0].to(q_weight.dtype) if want_q_weight and grad_q is not None else None,
             sums[1].to(k_weight.dtype) if want_k_weight and grad_k is not None else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -145,9 +189,9 @@ def split_qkv(
     _check(packed, cos, sin, q_weight, k_weight, heads, gated, order, num_prefix)
     chosen = backend.choose(split_qkv, impl, _facts(packed, cos, sin, q_weight, k_weight))
     if chosen != "reference":
-        if chosen == "triton" and _triton.needs_grad(packed, q_weight, k_weight) and not torch.compiler.is_compiling():
-            return _SplitQKV.apply(packed, cos, sin, q_weight, k_weight, heads, gated, order == "pre_rope", num_prefix, eps)
+        if _triton.needs_grad(packed, q_weight, k_weight) and not torch.compiler.is_compiling():
+            return _SplitQKV.apply(packed, cos, sin, q_weight, k_weight, heads, gated, order == "pre_rope", num_prefix, eps, chosen)
         # Under torch.compile the slices' gradients are joined in the graph: a Function that returns views is not traced.
-        q, k, v, gate = _slices(packed, heads, cos.shape[1], gated)
+        q, k, v, gate = slices(packed, heads, cos.shape[1], gated)
         return *run(chosen, q, k, cos, sin, q_weight, k_weight, order == "pre_rope", num_prefix, eps), v, gate
     return split_qkv_reference(packed, cos, sin, q_weight, k_weight, heads=heads, gated=gated, order=order, num_prefix=num_prefix, eps=eps)

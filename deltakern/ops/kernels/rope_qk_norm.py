@@ -14,6 +14,7 @@ import triton.language as tl
 from deltakern.ops import _triton
 from deltakern.ops.kernels.common import load_rows, store_rows
 from deltakern.ops.kernels.tiles import tile
+from deltakern.ops.split_qkv import gradient_to_fill, slices
 
 
 @triton.jit
@@ -244,26 +245,9 @@ def split_qkv_backward(
     num_prefix: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(d_packed, sums)``: q's and k's gradients are written where they belong, v's and the gate's are copied there."""
-    d_packed = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
-    width = heads * cos.shape[1]
-    q, k, dq, dk, dv = (
-        t[..., i * width : (i + 1) * width].unflatten(-1, (heads, -1))
-        for t, i in ((packed, 0), (packed, 1), *((d_packed, i) for i in range(3)))
-    )
-    for to, grad in ((dq, grad_q), (dk, grad_k)):
-        if grad is None:
-            to.zero_()
-    if grad_v is None:
-        dv.zero_()
-    else:
-        dv.copy_(grad_v)
-    rest = d_packed[..., 3 * width :]  # the gate's logits, and the columns of zero weights that fill the row
-    if grad_gate is None:
-        rest.zero_()
-    else:
-        rest[..., :heads].copy_(grad_gate)
-        rest[..., heads:].zero_()
+    """``(d_packed, sums)``."""
+    d_packed, dq, dk = gradient_to_fill(packed, heads, cos.shape[1], grad_q, grad_k, grad_v, grad_gate)
+    q, k = slices(packed, heads, cos.shape[1], False)[:2]
     options = (pre_rope, num_prefix, eps)
     out = d_packed.stride()[:2]
     return d_packed, _backward_into(dq, dk, out, q, k, cos, sin, q_weight, k_weight, grad_q, grad_k, *options)
