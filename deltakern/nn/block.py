@@ -82,7 +82,8 @@ def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torc
         )
     if entry.branch is None:
         if _takes_reference(entry.stream):  # as it is: the op's checks cost as much as a small norm
-            normed = F.layer_norm(entry.stream.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            weight = norm.weight
+            normed = F.layer_norm(entry.stream.to(weight.dtype), norm.normalized_shape, weight, norm.bias, norm.eps)
             return entry.stream, normed.to(out_dtype or entry.stream.dtype)
         return entry.stream, ops.layer_norm(entry.stream, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
     return ops.residual_norm(entry.stream, entry.branch, entry.scale, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
@@ -149,8 +150,8 @@ class SwiGLU(PackedModule):
         dtype = compute_dtype(self.up_proj.weight.device.type, self.up_proj.weight.dtype)
         gate, up = (self.gate_proj.weight, self.gate_proj.bias), (self.up_proj.weight, self.up_proj.bias)
         if not recompute and fuses(self, normed, gate, dtype):  # both activations ride on the products: packing gains nothing
-            hidden = product(self, "gate", gate, dtype, lambda *p: p, normed, activation="silu")
-            hidden = product(self, "up", up, dtype, lambda *p: p, normed, times=hidden)
+            hidden = product(self, "gate", gate, dtype, lambda *p: p, normed, activation="silu", fused=True)
+            hidden = product(self, "up", up, dtype, lambda *p: p, normed, times=hidden, fused=True)
         else:
             hidden = apply(ops.swiglu, product(self, "gate_up", (*gate, *up), dtype, _pack_gate_up, normed), recompute=recompute)
         return _down(self, hidden, scale, plus, dtype)
@@ -292,8 +293,10 @@ class SelfAttention(PackedModule):
 
             again = make, made_of
         q, k, v, gate = split(*made_of)
-        mixed = attend(q[:, skip:], k, v, backend=self.attention, again=again)
-        return self.output(mixed, None if gate is None else gate[:, skip:], scale, dtype, plus, recompute=recompute)
+        if skip:
+            q, gate = q[:, skip:], None if gate is None else gate[:, skip:]
+        mixed = attend(q, k, v, backend=self.attention, again=again)
+        return self.output(mixed, gate, scale, dtype, plus, recompute=recompute)
 
     def first_row(
         self,
@@ -419,7 +422,7 @@ class Block(nn.Module):
             skip = 1 if rows == "rest" else 0
             if recompute:
                 normed = norm_again(stream, normed, self.norm1)
-            stream = stream[:, skip:]
+            stream = stream[:, skip:] if skip else stream
             plus = stream if adds else None
             branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1, plus=plus, recompute=recompute)
         if adds:

@@ -51,8 +51,13 @@ def fuses(module: PackedModule, x: torch.Tensor, parameters: Sequence[torch.Tens
     rows = x.numel() // x.shape[-1]
     if rows < (ROWS_TRAINING if module.training else 1):
         return False
-    given = [p for p in parameters if p is not None]
-    return rows * sum(p.numel() for p in given) >= WORTHWHILE and not any(p.is_inference() for p in given)
+    packed = 0  # elements; a plain loop, because this stands before every product
+    for parameter in parameters:
+        if parameter is not None:
+            if parameter.is_inference():
+                return False
+            packed += parameter.numel()
+    return rows * packed >= WORTHWHILE
 
 
 def product(
@@ -66,6 +71,7 @@ def product(
     activation: str = "none",
     times: torch.Tensor | None = None,
     plus: torch.Tensor | None = None,
+    fused: bool | None = None,
 ) -> torch.Tensor:
     """``activation(x W^T + b)``, or ``(x W^T + b) * times``, or ``x W^T + b + plus``.
 
@@ -77,13 +83,14 @@ def product(
         x: (...,D); one that is made again in the backward is for the product alone.
         activation: "none", "gelu" (exact) or "silu".
         times, plus: (...,E) in ``dtype``; at most one of these and of an activation.
+        fused: what :func:`fuses` says of it, where that has been asked.
 
     Returns:
         (...,E).
     """
     if isinstance(x, Fleeting):
         return linear(x, *module.packed(name, parameters, dtype, build))
-    if not fuses(module, x, parameters, dtype):
+    if not (fuses(module, x, parameters, dtype) if fused is None else fused):
         out = F.linear(x, *module.packed(name, parameters, dtype, build))
         if activation != "none":
             return ops.gelu(out) if activation == "gelu" else F.silu(out)

@@ -70,8 +70,7 @@ def head_gate(attn: torch.Tensor, gate_logits: torch.Tensor, *, impl: str = "aut
     """
     _validate.rank("head_gate", "attn", attn, "(B,L,H,d)")
     _validate.shape("head_gate", "gate_logits", gate_logits, attn.shape[:3], "(B,L,H)")
-    _validate.floating("head_gate", attn=attn, gate_logits=gate_logits)
-    _validate.one_device("head_gate", attn=attn, gate_logits=gate_logits)
+    _validate.floating_on_one_device("head_gate", attn=attn, gate_logits=gate_logits)
     if backend.choose(head_gate, impl, _facts(attn, gate_logits)) == "triton":
         return _HeadGate.apply(attn, gate_logits) if _triton.needs_grad(attn, gate_logits) else _forward(attn, gate_logits)
     return head_gate_reference(attn, gate_logits)

@@ -89,9 +89,7 @@ def _check(prev, curr, token, role, norm_weight, norm_bias, mode) -> None:
         _validate.shape(op, "role", role, (2, width), "(2,D)")
     _validate.shape(op, "norm_weight", norm_weight, (width,), "(D,)")
     _validate.shape(op, "norm_bias", norm_bias, (width,), "(D,)")
-    tensors = {"prev": prev, "curr": curr, "token": token, "role": role, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    _validate.floating(op, **tensors)
-    _validate.one_device(op, **tensors)
+    _validate.floating_on_one_device(op, prev=prev, curr=curr, token=token, role=role, norm_weight=norm_weight, norm_bias=norm_bias)
 
 
 def _forward_fake(prev, curr, token, role, norm_weight, norm_bias, mode, eps, out_dtype, stream_dtype):

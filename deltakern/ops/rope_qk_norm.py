@@ -78,18 +78,23 @@ def _facts(q, k, cos, sin, q_weight, k_weight, **_) -> backend.Facts:
 
 
 def _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
-    # What is compared here and again in _validate is so because a call costs more than all of its comparisons.
-    op = "rope_qk_norm"
-    _validate.choice(op, "order", order, ORDERS)
-    shape, table = k.shape, cos.shape
+    op, shape = "rope_qk_norm", k.shape
     if len(shape) != 4:
         _validate.rank(op, "k", k, "(B,L,H,d)")
     if q is not None and q.shape != shape:
         _validate.rank(op, "q", q, "(B,L,H,d)")
         _validate.shape(op, "k", k, q.shape, "q's shape (B,L,H,d)")
-    length, head = shape[1], shape[3]
+    check_turn(op, shape[1], shape[3], cos, sin, q_weight, k_weight, order, num_prefix)
+    _validate.floating_on_one_device(op, q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
+
+
+def check_turn(op, length, head, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
+    """What turns and norms L tokens with heads of d channels, for the op of that name."""
+    # What is compared here and again in _validate is so because a call costs more than all of its comparisons.
+    table = cos.shape
+    _validate.choice(op, "order", order, ORDERS)
     if head % 2 or head == 0:
-        raise ValueError(f"{op}: k must have an even number of channels a head, and at least 2, got {head}")
+        raise ValueError(f"{op}: a head must have an even number of channels, and at least 2, got {head}")
     if len(table) != 2 or table[1] != head:
         _validate.rank(op, "cos", cos, "(N,d)")
         _validate.shape(op, "cos", cos, (table[0], head), "(N,d)")
@@ -105,7 +110,6 @@ def _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
     if cos.requires_grad or sin.requires_grad:
         name = "cos" if cos.requires_grad else "sin"
         raise ValueError(f"{op}: {name} has no gradient, got a tensor that requires grad")
-    _validate.floating_on_one_device(op, q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
 
 
 def _forward_fake(q, k, cos, sin, q_weight, k_weight, pre_rope, num_prefix, eps):

@@ -20,8 +20,7 @@ import torch
 from deltakern import backend
 from deltakern.ops import _extension, _triton, _validate
 from deltakern.ops._once import once_differentiable
-from deltakern.ops.rope_qk_norm import _check as _check_rope
-from deltakern.ops.rope_qk_norm import _forward, _forward_cpp, backward_into, rope_qk_norm_reference, run
+from deltakern.ops.rope_qk_norm import _forward, _forward_cpp, backward_into, check_turn, rope_qk_norm_reference, run
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -48,8 +47,8 @@ def split_qkv_reference(
 
 
 def _facts(packed, cos, sin, q_weight, k_weight, **_) -> backend.Facts:
-    tensors = [t for t in (packed, cos, sin, q_weight, k_weight) if t is not None]
-    return backend.Facts(packed.device.type, tuple(t.dtype for t in tensors), backend.too_wide(cos.shape[-1], 256))
+    dtypes = tuple([t.dtype for t in (packed, cos, sin, q_weight, k_weight) if t is not None])
+    return backend.Facts(packed.device.type, dtypes, backend.too_wide(cos.shape[-1], 256))
 
 
 def slices(packed: torch.Tensor, heads: int, head: int, gated: bool) -> Outputs:
@@ -145,14 +144,13 @@ def _check(packed, cos, sin, q_weight, k_weight, heads, gated, order, num_prefix
     op = "split_qkv"
     _validate.rank(op, "packed", packed, "(B,L,E)")
     _validate.rank(op, "cos", cos, "(N,d)")
-    least = 3 * heads * cos.shape[1] + (heads if gated else 0)
-    if heads < 1 or packed.shape[-1] < least or (not gated and packed.shape[-1] != least):
+    (_, length, columns), head = packed.shape, cos.shape[1]
+    least = heads * (3 * head + 1) if gated else 3 * heads * head
+    if heads < 1 or columns < least or (not gated and columns != least):
         wanted = "E >= 3*H*d + H" if gated else "E = 3*H*d"
-        raise ValueError(
-            f"{op}: packed must be (B,L,E) with {wanted} for H={heads}, d={cos.shape[1]}, got {_validate.wanted_shape(packed)}"
-        )
-    k = packed[..., : heads * cos.shape[1]].unflatten(-1, (heads, cos.shape[1]))  # or q: of one shape
-    _check_rope(None, k, cos, sin, q_weight, k_weight, order, num_prefix)
+        raise ValueError(f"{op}: packed must be (B,L,E) with {wanted} for H={heads}, d={head}, got {_validate.wanted_shape(packed)}")
+    check_turn(op, length, head, cos, sin, q_weight, k_weight, order, num_prefix)
+    _validate.floating_on_one_device(op, packed=packed, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
 
 
 @backend.op(reference=split_qkv_reference, facts=_facts, kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses})
