@@ -62,7 +62,7 @@ class Assembly(NamedTuple):
 
 def _takes_reference(x: torch.Tensor) -> bool:
     """Whether the ops take their references for x, which is known at once on a CPU where no kernel was asked for."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and backend.preferred() in (None, "reference", "cpp")
+    return not torch.compiler.is_compiling() and x.is_cpu and backend.preferred() in (None, "reference", "cpp")
 
 
 def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,6 +104,11 @@ class LayerScale(nn.Module):
         self.lambda1 = nn.Parameter(torch.full((width,), float(init)))
 
 
+def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias. A module's attribute is looked up by a call in Python, so the blocks ask for each once."""
+    return linear.weight, linear.bias
+
+
 class MLP(PackedModule):
     """width -> hidden -> width with exact GELU; parameters ``up_proj``, ``down_proj``."""
 
@@ -122,8 +127,9 @@ class MLP(PackedModule):
     ) -> torch.Tensor:
         """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it.
         ``recompute``: the hidden layer is made again in the backward."""
-        dtype = compute_dtype(self.up_proj.weight.device.type, self.up_proj.weight.dtype)
-        up = functools.partial(product, self, "up", (self.up_proj.weight, self.up_proj.bias), dtype, lambda *p: p, normed)
+        weight, bias = _parameters(self.up_proj)
+        dtype = compute_dtype(weight.device.type, weight.dtype)
+        up = functools.partial(product, self, "up", (weight, bias), dtype, lambda *p: p, normed)
         hidden = apply(ops.gelu, up(), recompute=True) if recompute else up(activation="gelu")
         return _down(self, hidden, scale, plus, dtype)
 
@@ -147,8 +153,8 @@ class SwiGLU(PackedModule):
     ) -> torch.Tensor:
         """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it.
         ``recompute``: the hidden layer is made again in the backward."""
-        dtype = compute_dtype(self.up_proj.weight.device.type, self.up_proj.weight.dtype)
-        gate, up = (self.gate_proj.weight, self.gate_proj.bias), (self.up_proj.weight, self.up_proj.bias)
+        gate, up = _parameters(self.gate_proj), _parameters(self.up_proj)
+        dtype = compute_dtype(up[0].device.type, up[0].dtype)
         if not recompute and fuses(self, normed, gate, dtype):  # both activations ride on the products: packing gains nothing
             hidden = product(self, "gate", gate, dtype, lambda *p: p, normed, activation="silu", fused=True)
             hidden = product(self, "up", up, dtype, lambda *p: p, normed, times=hidden, fused=True)
@@ -171,7 +177,7 @@ def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | N
 def _down(
     mlp: PackedModule, hidden: torch.Tensor | Fleeting, scale: torch.Tensor | None, plus: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    return product(mlp, "down", (mlp.down_proj.weight, mlp.down_proj.bias, scale), dtype, fold_scale, hidden, plus=plus)
+    return product(mlp, "down", (*_parameters(mlp.down_proj), scale), dtype, fold_scale, hidden, plus=plus)
 
 
 class SelfAttention(PackedModule):
@@ -217,8 +223,8 @@ class SelfAttention(PackedModule):
         Zero rows fill the gate up to a multiple of 16, so that every row of the product begins at a multiple of 32 bytes and
         kernels read its slices 16 bytes at a time.
         """
-        gate = (self.attn_gate.weight, self.attn_gate.bias) if self.gated else ()
-        parts = (self.q_proj.weight, self.q_proj.bias, self.k_proj.weight, self.v_proj.weight, self.v_proj.bias, *gate)
+        gate = _parameters(self.attn_gate) if self.gated else ()
+        parts = (*_parameters(self.q_proj), self.k_proj.weight, *_parameters(self.v_proj), *gate)
 
         def build(q, q_bias, k, v, v_bias, *gate):
             weights, biases = [q, k, v], [q_bias, torch.zeros_like(q_bias), v_bias]
@@ -254,7 +260,7 @@ class SelfAttention(PackedModule):
         ``recompute``: the gated rows are made again in the backward."""
         opened = mixed if gate is None else apply(ops.head_gate, mixed, gate, recompute=recompute)
         flat = opened._replace(value=opened.value.flatten(2)) if isinstance(opened, Fleeting) else opened.flatten(2)
-        return product(self, "o", (self.o_proj.weight, self.o_proj.bias, scale), dtype, fold_scale, flat, plus=plus)
+        return product(self, "o", (*_parameters(self.o_proj), scale), dtype, fold_scale, flat, plus=plus)
 
     def forward(
         self,
@@ -281,7 +287,8 @@ class SelfAttention(PackedModule):
         Returns:
             (B, L - skip, D).
         """
-        dtype = compute_dtype(self.q_proj.weight.device.type, self.q_proj.weight.dtype)
+        weight = self.q_proj.weight
+        dtype = compute_dtype(weight.device.type, weight.dtype)
         made_of = self._project_together(normed, dtype), *rope, *self.norm_weights()
         split, again = self._split(num_prefix), None
         if recompute:
@@ -317,7 +324,7 @@ class SelfAttention(PackedModule):
         heads, head = self.num_heads, self.head_dim
         first = normed[:, 0]
         q_weight, k_weight = self.norm_weights()
-        parts = (self.q_proj.weight, self.q_proj.bias, self.v_proj.weight, self.v_proj.bias)
+        parts = (*_parameters(self.q_proj), *_parameters(self.v_proj))
         q_proj, q_bias, v_proj, v_bias = self.packed("first_row", parts, dtype, lambda *p: p)
         q = F.linear(first, q_proj, q_bias).unflatten(-1, (heads, head))
         if q_weight is not None:
@@ -409,10 +416,12 @@ class Block(nn.Module):
         Returns:
             The stream and the MLP's branch, or their sum where the product adds it.
         """
-        dtype = compute_dtype(self.norm1.weight.device.type, self.norm1.weight.dtype)
+        norm1, norm2 = self.norm1, self.norm2
+        weight = norm1.weight
+        dtype = compute_dtype(weight.device.type, weight.dtype)
         (fold1, left1), (fold2, left2) = self._scales(dtype)
-        recompute = recomputes(self.recompute, self.norm1.weight.device.type)
-        stream, normed = add_and_norm(entry, self.norm1, dtype)
+        recompute = recomputes(self.recompute, weight.device.type)
+        stream, normed = add_and_norm(entry, norm1, dtype)
         adds = fold1 is not None and evaluates(stream, dtype)
         if rows == "first":
             stream = stream[:, :1]
@@ -421,15 +430,15 @@ class Block(nn.Module):
         else:
             skip = 1 if rows == "rest" else 0
             if recompute:
-                normed = norm_again(stream, normed, self.norm1)
+                normed = norm_again(stream, normed, norm1)
             stream = stream[:, skip:] if skip else stream
             plus = stream if adds else None
             branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1, plus=plus, recompute=recompute)
         if adds:
-            stream, normed = add_and_norm(Residual(branch), self.norm2, dtype)
+            stream, normed = add_and_norm(Residual(branch), norm2, dtype)
             return Residual(self.mlp(normed, fold2, stream))
-        stream, normed = add_and_norm(Residual(stream, branch, left1), self.norm2, dtype)
+        stream, normed = add_and_norm(Residual(stream, branch, left1), norm2, dtype)
         if recompute:
-            normed = norm_again(stream, normed, self.norm2)
+            normed = norm_again(stream, normed, norm2)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
         return Residual(stream, self.mlp(normed, fold2, recompute=recompute), None if left2 is None else left2.clone())

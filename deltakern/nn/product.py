@@ -35,7 +35,7 @@ def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether products of x in ``dtype`` are float32 ones on a CPU, without gradient and with no interpreted kernels asked for: what
     oneDNN may take."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype == dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
