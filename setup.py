@@ -25,8 +25,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 # Of every op a table of functions is compiled once for every instruction set
-TABLES = {"best_of_n_cpu_isa.cpp": "kernels", "rope_qk_norm_cpu_isa.cpp": "rope"}
-CPU_SOURCES = ("cpu_isa.cpp", "best_of_n_cpu.cpp", "rope_qk_norm_cpu.cpp")
+TABLES = {"best_of_n_cpu_isa.cpp": "kernels", "context_attention_cpu_isa.cpp": "context", "rope_qk_norm_cpu_isa.cpp": "rope"}
+CPU_SOURCES = ("cpu_isa.cpp", "best_of_n_cpu.cpp", "context_attention_cpu.cpp", "rope_qk_norm_cpu.cpp")
 SOURCES = ("bindings.cpp", *CPU_SOURCES, *TABLES, "best_of_n_cuda.cu")
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 REQUIRED = os.environ.get("DELTAKERN_REQUIRE_EXT", "0") not in ("", "0")

@@ -8,6 +8,7 @@
 
 #include "best_of_n_cpu.h"
 #include "best_of_n_problem.h"
+#include "context_attention.h"
 #include "cpu_isa.h"
 #include "rope_qk_norm.h"
 #ifdef DELTAKERN_WITH_CUDA
@@ -129,6 +130,58 @@ void rope_qk_norm_backward_cpu(const BackwardSide& q, const BackwardSide& k, con
   deltakern::rope_qk_norm_backward_cpu(r, reinterpret_cast<float*>(sums), threads, isa.c_str());
 }
 
+using RowsOf = std::tuple<uintptr_t, int, Sizes>;    // address, dtype, strides
+using TimesOf = std::tuple<uintptr_t, bool>;         // address, whether float64
+using OwnOf = std::tuple<RowsOf, RowsOf>;            // keys, values
+using KeyGradients = std::array<RowsOf, 4>;          // of k, v, own_k, own_v
+
+deltakern::Rows rows_of(const RowsOf& from, size_t dims, const char* name) {
+  deltakern::Rows rows{};
+  rows.data = reinterpret_cast<void*>(std::get<0>(from));
+  rows.type = static_cast<deltakern::DType>(std::get<1>(from));
+  if (rows.data == nullptr) return rows;
+  const Sizes& strides = std::get<2>(from);
+  if (strides.size() != dims) throw std::invalid_argument(std::string("context_attention: ") + name + ": wrong number of strides");
+  if (strides.back() != 1) throw std::invalid_argument(std::string("context_attention: ") + name + ": channels must lie side by side");
+  std::copy(strides.begin(), strides.end() - 1, rows.stride);
+  return rows;
+}
+
+deltakern::ContextAttention context_of(const std::array<int64_t, 8>& sizes, const RowsOf& q, const RowsOf& k, const RowsOf& v, const OwnOf& own,
+                                       const std::array<TimesOf, 3>& times, uintptr_t visible, double scale, const RowsOf& out) {
+  deltakern::ContextAttention p{};
+  p.batch = sizes[0], p.queries = sizes[1], p.groups = sizes[2], p.tokens = sizes[3], p.own = sizes[4], p.heads = sizes[5], p.width = sizes[6];
+  p.half = sizes[7];
+  p.scale = static_cast<float>(scale);
+  deltakern::Times* to[] = {&p.q_time, &p.k_time, &p.own_time};
+  for (int i = 0; i < 3; ++i) *to[i] = {reinterpret_cast<const void*>(std::get<0>(times[i])), std::get<1>(times[i])};
+  p.visible = reinterpret_cast<const int64_t*>(visible);
+  p.q = rows_of(q, 4, "q"), p.k = rows_of(k, 4, "k"), p.v = rows_of(v, 4, "v"), p.out = rows_of(out, 4, "out");
+  p.own_k = rows_of(std::get<0>(own), 5, "own_k"), p.own_v = rows_of(std::get<1>(own), 5, "own_v");
+  return p;
+}
+
+void context_attention_forward_cpu(const std::array<int64_t, 8>& sizes, const RowsOf& q, const RowsOf& k, const RowsOf& v, const OwnOf& own,
+                                   const std::array<TimesOf, 3>& times, uintptr_t visible, double scale, const RowsOf& out, int threads,
+                                   const std::string& isa) {
+  const deltakern::ContextAttention p = context_of(sizes, q, k, v, own, times, visible, scale, out);
+  checked_threads("context_attention", threads);
+  py::gil_scoped_release released;
+  deltakern::context_attention_forward_cpu(p, threads, isa.c_str());
+}
+
+void context_attention_backward_cpu(const std::array<int64_t, 8>& sizes, const RowsOf& q, const RowsOf& k, const RowsOf& v, const OwnOf& own,
+                                    const std::array<TimesOf, 3>& times, uintptr_t visible, double scale, const RowsOf& grad, const RowsOf& dq,
+                                    const KeyGradients& gradients, int threads, const std::string& isa) {
+  deltakern::ContextAttention p = context_of(sizes, q, k, v, own, times, visible, scale, dq);
+  checked_threads("context_attention", threads);
+  p.grad = rows_of(grad, 4, "the incoming gradient");
+  p.dk = rows_of(gradients[0], 4, "dk"), p.dv = rows_of(gradients[1], 4, "dv");
+  p.d_own_k = rows_of(gradients[2], 5, "d_own_k"), p.d_own_v = rows_of(gradients[3], 5, "d_own_v");
+  py::gil_scoped_release released;
+  deltakern::context_attention_backward_cpu(p, threads, isa.c_str());
+}
+
 #ifdef DELTAKERN_WITH_CUDA
 void best_of_n_cuda(uintptr_t candidates, int candidates_dtype, Sizes sizes, Sizes strides, uintptr_t target, int target_dtype,
                     Sizes target_sizes, Sizes target_strides, int reduce_dims, int loss_kind, double beta, uintptr_t index, uintptr_t loss,
@@ -191,6 +244,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("options"), py::arg("threads"), py::arg("isa") = "auto");
   m.def("rope_qk_norm_backward_cpu", &rope_qk_norm_backward_cpu, py::arg("q"), py::arg("k"), py::arg("sizes"), py::arg("tables"),
         py::arg("options"), py::arg("sums"), py::arg("threads"), py::arg("isa") = "auto");
+  m.def("context_attention_forward_cpu", &context_attention_forward_cpu, py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("own"),
+        py::arg("times"), py::arg("visible"), py::arg("scale"), py::arg("out"), py::arg("threads"), py::arg("isa") = "auto");
+  m.def("context_attention_backward_cpu", &context_attention_backward_cpu, py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("own"), py::arg("times"), py::arg("visible"), py::arg("scale"), py::arg("grad"), py::arg("dq"), py::arg("gradients"),
+        py::arg("threads"), py::arg("isa") = "auto");
 #ifdef DELTAKERN_WITH_CUDA
   m.def("best_of_n_cuda", &best_of_n_cuda, py::arg("candidates"), py::arg("candidates_dtype"), py::arg("sizes"), py::arg("strides"),
         py::arg("target"), py::arg("target_dtype"), py::arg("target_sizes"), py::arg("target_strides"), py::arg("reduce_dims"), py::arg("loss_kind"),

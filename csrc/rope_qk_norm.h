@@ -28,9 +28,8 @@ struct Rope {
 };
 
 // Tokens are numbered through the batch. The weights' sums are taken a chunk of tokens at a time and the chunks' added in order, so
-// that they do not depend on the threads. A row's own sums go over kRopeLanes lanes, on every instruction set alike.
+// that they do not depend on the threads. A row's own sums go over the lanes of a pack (cpu_packs.h), on every instruction set alike.
 constexpr int64_t kChunk = 32;
-constexpr int kRopeLanes = 16;
 
 struct RopeKernels {
   void (*forward)(const Rope& r, int64_t first, int64_t last);

@@ -1,6 +1,6 @@
 // rope_qk_norm on the CPU: rows. Compiled once for every instruction set with that set's flags (setup.py), each time into its own
 // table: DELTAKERN_TABLE is that table's name. Nothing here may be inline with external linkage; see numbers.h.
-#include "cpu_vectors.h"
+#include "cpu_packs.h"
 #include "rope_qk_norm.h"
 
 #ifndef DELTAKERN_TABLE
@@ -10,121 +10,37 @@
 namespace deltakern {
 namespace {
 
-constexpr int kParts = kRopeLanes / kWidth;
-constexpr int kMostPacks = kMostChannels / 2 / kRopeLanes;
+constexpr int kMostPacks = kMostChannels / 2 / kLanes;
 
-// kRopeLanes floats, in as many vectors as the machine needs
-struct Pack {
-  Vec v[kParts];
-};
-
-#define DK_EACH _Pragma("GCC unroll 4") for (int i = 0; i < kParts; ++i)
-DK_INLINE Pack operator+(Pack a, const Pack& b) {
-  DK_EACH a.v[i] += b.v[i];
-  return a;
-}
-DK_INLINE Pack operator-(Pack a, const Pack& b) {
-  DK_EACH a.v[i] -= b.v[i];
-  return a;
-}
-DK_INLINE Pack operator*(Pack a, const Pack& b) {
-  DK_EACH a.v[i] *= b.v[i];
-  return a;
-}
-DK_INLINE Pack add_product(Pack c, const Pack& a, const Pack& b) {  // a * b + c, rounded once
-  DK_EACH c.v[i] = fused<Vec>(a.v[i], b.v[i], c.v[i]);
-  return c;
-}
-DK_INLINE Pack take_product(Pack c, const Pack& a, const Pack& b) {  // c - a * b
-  DK_EACH c.v[i] = fused<Vec>(-a.v[i], b.v[i], c.v[i]);
-  return c;
-}
-DK_INLINE Pack filled(float x) {
-  Pack a;
-  DK_EACH a.v[i] = splat<Vec>(x);
-  return a;
-}
-// Of the lanes from `count` on, 0
-DK_INLINE Pack only(Pack a, int64_t count) {
-  if (count == kRopeLanes) return a;
-  static constexpr int32_t kept[2 * kRopeLanes] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-  DK_EACH a.v[i] = bit_cast<Vec>(static_cast<Ints>(bit_cast<Ints>(a.v[i]) & load<Ints>(kept + kRopeLanes - count + i * kWidth)));
-  return a;
-}
-// The sum of all lanes: l + 8 onto l, then l + 4, l + 2, l + 1
-DK_INLINE float total(Pack a) {
-#pragma GCC unroll 4
-  for (int n = kParts / 2; n > 0; n /= 2)
-#pragma GCC unroll 4
-    for (int i = 0; i < n; ++i) a.v[i] += a.v[i + n];
-  return add_across<kWidth / 2>(a.v[0])[0];
-}
-
-DK_INLINE Vec read(Float32, const char* from) { return load<Vec>(from); }
-DK_INLINE Vec read(Bfloat16, const char* from) {
-  return bit_cast<Vec>(static_cast<Words>(__builtin_convertvector(load<Halves>(from), Words) << 16));
-}
-DK_INLINE Vec read(Float16, const char* from) { return widen_halves(from); }
-
-DK_INLINE void write(Float32, char* to, Vec x) { memcpy(to, &x, sizeof x); }
-DK_INLINE void write(Bfloat16, char* to, Vec x) {  // to the nearest, ties to even
-  const Words bits = bit_cast<Words>(x), number = (Words)(x == x);
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Halves out = __builtin_convertvector((rounded & number) | (0x7fc0u & ~number), Halves);
-  memcpy(to, &out, sizeof out);
-}
-DK_INLINE void write(Float16, char* to, Vec x) {
-#if defined(__AVX512F__)
-  const __m256i out = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__F16C__)
-  const __m128i out = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-#else
-  Halves out;
-  for (int i = 0; i < kWidth; ++i) out[i] = narrow_float16(x[i]);
-#endif
-  memcpy(to, &out, sizeof out);
-}
-
-template <class T>
-DK_INLINE Pack read(const char* from) {
-  Pack a;
-  DK_EACH a.v[i] = read(T{}, from + i * kWidth * kSize<T>);
-  return a;
-}
-template <class T>
-DK_INLINE void write(char* to, const Pack& a) {
-  DK_EACH write(T{}, to + i * kWidth * kSize<T>, a.v[i]);
-}
-
-// Half a row is `half` elements in packs; of the last one maybe a part, whose other lanes are 0. N: half == N * kRopeLanes, known
+// Half a row is `half` elements in packs; of the last one maybe a part, whose other lanes are 0. N: half == N * kLanes, known
 // when this is compiled; or 0.
 template <int N>
 constexpr int kRoom = N ? N : kMostPacks;
 template <int N>
 DK_INLINE int packs(int64_t half) {
-  return N ? N : static_cast<int>((half + kRopeLanes - 1) / kRopeLanes);
+  return N ? N : static_cast<int>((half + kLanes - 1) / kLanes);
 }
 template <int N>
 DK_INLINE int64_t lanes(int i, int64_t half) {
-  return N || (i + 1) * kRopeLanes <= half ? kRopeLanes : half - i * kRopeLanes;
+  return N || (i + 1) * kLanes <= half ? kLanes : half - i * kLanes;
 }
 #define DK_PACKS for (int i = 0; i < packs<N>(half); ++i)
 
 template <class T, int N>
 DK_INLINE Pack get(const void* base, int i, int64_t half) {
-  const char* from = static_cast<const char*>(base) + i * kRopeLanes * kSize<T>;
+  const char* from = static_cast<const char*>(base) + i * kLanes * kSize<T>;
   const int64_t n = lanes<N>(i, half);
-  if (n == kRopeLanes) return read<T>(from);
-  char padded[kRopeLanes * kSize<T>] = {};
+  if (n == kLanes) return read<T>(from);
+  char padded[kLanes * kSize<T>] = {};
   memcpy(padded, from, n * kSize<T>);
   return read<T>(padded);
 }
 template <class T, int N>
 DK_INLINE void put(void* base, int i, int64_t half, const Pack& a) {
-  char* to = static_cast<char*>(base) + i * kRopeLanes * kSize<T>;
+  char* to = static_cast<char*>(base) + i * kLanes * kSize<T>;
   const int64_t n = lanes<N>(i, half);
-  if (n == kRopeLanes) return write<T>(to, a);
-  char padded[kRopeLanes * kSize<T>];
+  if (n == kLanes) return write<T>(to, a);
+  char padded[kLanes * kSize<T>];
   write<T>(padded, a);
   memcpy(to, padded, n * kSize<T>);
 }
@@ -220,7 +136,7 @@ DK_INLINE char* at(const void* base, const int64_t (&stride)[3], const Place& pl
 
 template <class T, int N>
 void forward_heads(const Rope& r, const RopeSide& side, const Place& place, float*) {
-  const int64_t half = N ? N * kRopeLanes : r.width / 2;
+  const int64_t half = N ? N * kLanes : r.width / 2;
   const bool norm = side.weight != nullptr, first = r.norm_first;
   Row<N> cos, sin, weight, x;
   get_row<Float32, N>(cos, place.cos, half);
@@ -246,7 +162,7 @@ void forward_heads(const Rope& r, const RopeSide& side, const Place& place, floa
 // Adds to `sums`, (width), what this token's rows add to the weight's gradient
 template <class T, int N>
 void backward_heads(const Rope& r, const RopeSide& side, const Place& place, float* sums) {
-  const int64_t half = N ? N * kRopeLanes : r.width / 2;
+  const int64_t half = N ? N * kLanes : r.width / 2;
   const bool norm = side.weight != nullptr, first = r.norm_first;
   Row<N> cos, sin, weight, x, g, sum;
   get_row<Float32, N>(cos, place.cos, half);
@@ -284,7 +200,7 @@ using Heads = void (*)(const Rope&, const RopeSide&, const Place&, float*);
 
 // Tokens [first, last) of both sides, by functions for [DType][half is two packs: the models' 64 channels]
 DK_INLINE void walk(const Rope& r, int64_t first, int64_t last, const Heads (&heads)[3][2], float* sums) {
-  const int whole = r.width == 4 * kRopeLanes;
+  const int whole = r.width == 4 * kLanes;
   for (int64_t t = first; t < last; ++t) {
     const int64_t batch = t / r.length, token = t - batch * r.length, row = (token - r.prefix) % r.period;
     const bool turns = token >= r.prefix;

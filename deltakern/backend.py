@@ -65,11 +65,13 @@ class Facts(NamedTuple):
         device: ``tensor.device.type`` of the op's first tensor.
         dtypes: dtypes of the op's tensors, in argument order.
         note: a reason found by the op itself why no kernel takes these arguments (see :func:`too_wide`), or "".
+        triton_note: the same, why its Triton kernel alone does not.
     """
 
     device: str
     dtypes: tuple[torch.dtype, ...]
     note: str = ""
+    triton_note: str = ""
 
 
 @dataclass
@@ -229,9 +231,9 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @traced_once
-def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], note: str) -> str:
+def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], note: str, triton_note: str) -> str:
     # Plain arguments: under torch.compile this runs once, at trace time, and a NamedTuple does not survive the passage.
-    chosen, missed = _choose_once(name, impl, Facts(device, dtypes, note), preferred())
+    chosen, missed = _choose_once(name, impl, Facts(device, dtypes, note, triton_note), preferred())
     if missed:
         _report_missed(name, device, missed)
     return chosen
@@ -239,7 +241,7 @@ def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], 
 
 def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:
     """The name of the implementation that a call with these facts takes. Warns, or raises, as the module says."""
-    return _choose(function.op.name, impl, facts.device, facts.dtypes, facts.note)
+    return _choose(function.op.name, impl, *facts)
 
 
 def chosen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -312,6 +314,8 @@ def triton_interprets() -> bool:
 
 def triton_refuses(facts: Facts, *, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)) -> str | None:
     """The rule that most Triton kernels share: a GPU (or the interpreter) and the dtypes. None when all is well."""
+    if facts.triton_note:
+        return facts.triton_note
     if facts.device not in ("cuda", "cpu"):
         return f"Triton kernels run on cuda, got {facts.device}"
     for dtype in facts.dtypes:

@@ -48,10 +48,10 @@ def build(folder: Path, out: str, flags: Sequence[str], link: Sequence[str] = ()
     return compile_and_link(folder, out, units, flags, link)
 
 
-def build_rope(folder: Path, out: str, flags: Sequence[str]) -> Path:
-    """tests/rope_qk_norm_native.cpp, a program, into ``folder / out``."""
-    units = {"native": [str(TESTS / "rope_qk_norm_native.cpp")], "isa": cpu("cpu_isa.cpp"), "cpu": cpu("rope_qk_norm_cpu.cpp")}
-    return compile_and_link(folder, out, {**units, **tables("rope_qk_norm_cpu_isa.cpp", "rope")}, flags)
+def build_cpu(folder: Path, out: str, op: str, table: str, flags: Sequence[str]) -> Path:
+    """tests/<op>_native.cpp, a program, with the CPU kernels of that op, into ``folder / out``."""
+    units = {"native": [str(TESTS / f"{op}_native.cpp")], "isa": cpu("cpu_isa.cpp"), "cpu": cpu(f"{op}_cpu.cpp")}
+    return compile_and_link(folder, out, {**units, **tables(f"{op}_cpu_isa.cpp", table)}, flags)
 
 
 def compile_and_link(folder: Path, out: str, units: dict[str, list[str]], flags: Sequence[str], link: Sequence[str] = ()) -> Path:

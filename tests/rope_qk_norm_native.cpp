@@ -1,58 +1,17 @@
 // A program that compares the CPU kernels of rope_qk_norm with plain loops in double, for AddressSanitizer
 // (tests/test_extension_sanitizers.py): every instruction set, forward and backward, tensors that end where their last element does.
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "../csrc/cpu_isa.h"
 #include "../csrc/rope_qk_norm.h"
+#include "native_tensor.h"
 
 using namespace deltakern;
 
 namespace {
-
-std::mt19937 generator(1);
-int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(generator); }
-
-struct Tensor {
-  int64_t stride[3] = {}, elements = 0;
-  DType type = DType::float32;
-  std::unique_ptr<char[]> storage;
-
-  // Sizes (batch, length, heads, width); the first three in some order, with gaps or without
-  Tensor(const int64_t (&size)[4], DType t, bool dense) : type(t) {
-    int64_t step = size[3] + (dense ? 0 : below(5));
-    const bool swapped = !dense && below(2);
-    for (int d : {2, 1, 0}) {
-      const int at = swapped && d > 0 ? 3 - d : d;
-      stride[at] = step;
-      step *= size[at];
-    }
-    elements = size[3];
-    for (int d = 0; d < 3; ++d) elements += (size[d] - 1) * stride[d];
-    storage.reset(new char[elements * bytes()]);
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < elements; ++i) {
-      const float value = normal(generator);
-      uint32_t bits;
-      memcpy(&bits, &value, 4);
-      if (type == DType::float32) memcpy(storage.get() + 4 * i, &value, 4);
-      const uint16_t half = type == DType::bfloat16 ? static_cast<uint16_t>(bits >> 16) : narrow_float16(value);
-      if (type != DType::float32) memcpy(storage.get() + 2 * i, &half, 2);
-    }
-  }
-  int64_t bytes() const { return type == DType::float32 ? 4 : 2; }
-  int64_t place(int64_t b, int64_t l, int64_t h) const { return b * stride[0] + l * stride[1] + h * stride[2]; }
-  double operator[](int64_t i) const {
-    if (type == DType::float32) return reinterpret_cast<const float*>(storage.get())[i];
-    const uint16_t bits = reinterpret_cast<const uint16_t*>(storage.get())[i];
-    return type == DType::bfloat16 ? widen_bfloat16(bits) : widen_float16(bits);
-  }
-};
 
 using Values = std::vector<double>;
 
@@ -115,11 +74,6 @@ struct Problem {
   }
 };
 
-bool close(double value, double truth, DType type, double scale) {
-  const double eps = type == DType::float32 ? 4e-5 : type == DType::bfloat16 ? 8e-3 : 1e-3;
-  return std::fabs(value - truth) <= eps * (std::fabs(truth) + scale);
-}
-
 int failed(const char* what, int trial, const std::string& isa) {
   fprintf(stderr, "trial %d, %s: %s\n", trial, isa.c_str(), what);
   return 1;
@@ -138,12 +92,13 @@ int try_one(int trial) {
   p.rope.batch = sizes[0], p.rope.length = sizes[1], p.rope.heads = sizes[2], p.rope.width = width;
   p.rope.prefix = prefix, p.rope.period = period, p.rope.cos = p.cos.data(), p.rope.sin = p.sin.data();
   p.rope.cos_stride = p.rope.sin_stride = width, p.rope.eps = 1e-3f, p.rope.norm_first = below(2) == 0;
+  const std::vector<int64_t> shape(sizes, sizes + 4);
   std::vector<Tensor> x, grad, out;
   for (int side = 0; side < 2; ++side) {
     const DType type = static_cast<DType>(below(3));
-    x.emplace_back(p.size, type, false);
-    grad.emplace_back(p.size, type, false);
-    out.emplace_back(p.size, type, below(2) == 0);
+    x.emplace_back(shape, type, false);
+    grad.emplace_back(shape, type, false);
+    out.emplace_back(shape, type, below(2) == 0);
     if (below(4))
       for (int64_t i = 0; i < width; ++i) p.weight[side].push_back(1 + 0.1f * normal(generator));
     RopeSide& s = p.rope.side[side];
@@ -151,9 +106,9 @@ int try_one(int trial) {
     s.type = type;
     s.x = side == 0 && below(4) == 0 ? nullptr : x[side].storage.get();
     s.grad = grad[side].storage.get(), s.out = out[side].storage.get();
-    std::copy(x[side].stride, x[side].stride + 3, s.x_stride);
-    std::copy(grad[side].stride, grad[side].stride + 3, s.grad_stride);
-    std::copy(out[side].stride, out[side].stride + 3, s.out_stride);
+    std::copy(x[side].stride.begin(), x[side].stride.end(), s.x_stride);
+    std::copy(grad[side].stride.begin(), grad[side].stride.end(), s.grad_stride);
+    std::copy(out[side].stride.begin(), out[side].stride.end(), s.out_stride);
   }
 
   std::string isas = cpu_instruction_sets();

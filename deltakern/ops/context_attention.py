@@ -18,8 +18,8 @@ Dtypes: q, k, v float32, bfloat16, float16 (float64 in the reference); times flo
 float32 (float64 for float64, angles too when the times are float64).
 Gradient: q, k, v, own_k, own_v (not the times: a time that requires grad raises).
 Determinism: sums run in a fixed order.
-Kernel: at most 32 context tokens (16 of more than 64 channels in float32) and 128 channels, q, k and v of one dtype; angles in
-float64 for any times, scores and sums in float32.
+Kernels: angles in float64 for any times, of the seconds from the clip's query to the token, scores and sums in float32. Triton: at
+most 32 context tokens (16 of more than 64 channels in float32) and 128 channels, q, k and v of one dtype. C++ on a CPU: 256 channels.
 Source: Predictor._CrossAttn of the released code with causal_mask; paper, section 3 (DeltaWorld).
 """
 
@@ -30,11 +30,11 @@ import math
 import torch
 
 from deltakern import backend
-from deltakern.ops import _triton, _validate
+from deltakern.ops import _extension, _triton, _validate
 from deltakern.ops._once import once_differentiable
 
 MOST_TOKENS = 32
-"""Context tokens that the kernels take: they are held by every program."""
+"""Context tokens that the Triton kernels take: they are held by every program."""
 
 
 def temporal_angles(time: torch.Tensor, rope_size: int) -> torch.Tensor:
@@ -97,15 +97,16 @@ def context_attention_reference(
 
 
 def _facts(q, k, v, q_time, k_time, visible=None, *, own_k=None, own_v=None, **_) -> backend.Facts:
-    tensors = [t for t in (q, k, v, own_k, own_v) if t is not None]
-    note = backend.too_wide(q.shape[-1], 128)
-    if k.shape[1] > MOST_TOKENS:
-        note = f"the kernel takes at most {MOST_TOKENS} context tokens"
-    elif q.dtype == torch.float32 and q.shape[-1] > 64 and k.shape[1] > MOST_TOKENS // 2:
-        note = f"in float32 the kernel takes at most {MOST_TOKENS // 2} context tokens of more than 64 channels: registers hold no more"
-    elif not q.dtype == k.dtype == v.dtype:
-        note = "the kernel takes q, k and v of one dtype"
-    return backend.Facts(q.device.type, tuple(t.dtype for t in tensors), note)
+    dtypes = tuple([t.dtype for t in (q, k, v, own_k, own_v) if t is not None])
+    head, tokens = k.shape[3], k.shape[1]
+    triton = backend.too_wide(head, 128)
+    if tokens > MOST_TOKENS:
+        triton = f"the kernel takes at most {MOST_TOKENS} context tokens"
+    elif dtypes[0] == torch.float32 and head > 64 and tokens > MOST_TOKENS // 2:
+        triton = f"in float32 the kernel takes at most {MOST_TOKENS // 2} context tokens of more than 64 channels: registers hold no more"
+    elif not dtypes[0] == dtypes[1] == dtypes[2]:
+        triton = "the kernel takes q, k and v of one dtype"
+    return backend.Facts(q.device.type, dtypes, backend.too_wide(head, 256), triton)
 
 
 def _check(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size) -> None:
@@ -144,8 +145,9 @@ def _check(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size) 
     for name, tensor in (("q_time", q_time), ("k_time", k_time), ("own_time", own_time)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{op}: {name} has no gradient, got a tensor that requires grad")
-    _validate.floating(op, q=q, k=k, v=v, q_time=q_time, k_time=k_time, own_k=own_k, own_v=own_v, own_time=own_time)
-    _validate.one_device(op, q=q, k=k, v=v, q_time=q_time, k_time=k_time, visible=visible, own_k=own_k, own_v=own_v, own_time=own_time)
+    _validate.floating_on_one_device(op, q=q, k=k, v=v, q_time=q_time, k_time=k_time, own_k=own_k, own_v=own_v, own_time=own_time)
+    if visible is not None:
+        _validate.one_device(op, q=q, visible=visible)
 
 
 def _forward_fake(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale):
@@ -178,21 +180,92 @@ _backward = _triton.define(
 )
 
 
+# What csrc/bindings.cpp unpacks. Addresses keep nothing alive: the caller holds the tensors.
+
+
+def _rows(x: torch.Tensor | None):
+    return (0, 0, ()) if x is None else (x.data_ptr(), _extension.DTYPES[x.dtype], x.stride())
+
+
+def _seconds(time: torch.Tensor | None) -> torch.Tensor | None:
+    """Times as the extension reads them: float32 or float64 side by side."""
+    if time is None:
+        return None
+    return (time if time.dtype in (torch.float32, torch.float64) else time.double()).contiguous()
+
+
+def _problem(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale):
+    """The arguments that forward and backward share, and the tensors that they point into."""
+    q, k, v, own_k, own_v = (None if t is None else _triton.unit(t) for t in (q, k, v, own_k, own_v))
+    if own_k is not None and own_k.shape[2] == 0:
+        own_k = own_v = own_time = None
+    times = _seconds(q_time), _seconds(k_time), None if k_time is None else _seconds(own_time)
+    if visible is not None:
+        visible = visible.long().contiguous()
+    own = 0 if own_k is None else own_k.shape[2]
+    arguments = (
+        (q.shape[0], q.shape[1], q_time.shape[1], k.shape[1], own, *q.shape[2:], rope_size // 2),
+        _rows(q),
+        _rows(k),
+        _rows(v),
+        (_rows(own_k), _rows(own_v)),
+        [(0, False) if t is None else (t.data_ptr(), t.dtype == torch.float64) for t in times],
+        0 if visible is None else visible.data_ptr(),
+        scale,
+    )
+    return arguments, (q, k, v, own_k, own_v, times, visible)
+
+
+def _run_forward(q, *rest):
+    arguments, _held = _problem(q, *rest)
+    out = q.new_empty(q.shape)
+    _extension.module("context_attention").context_attention_forward_cpu(*arguments, _rows(out), torch.get_num_threads())
+    return out
+
+
+def _run_backward(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, grad, rope_size, scale, want_keys):
+    arguments, _held = _problem(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale)
+    grad, given = _triton.unit(grad), (k, v, own_k, own_v)
+    dq, *others = q.new_empty(q.shape), *(q.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+    _extension.module("context_attention").context_attention_backward_cpu(
+        *arguments, _rows(grad), _rows(dq), [_rows(t) for t in others], torch.get_num_threads()
+    )
+    if not want_keys:
+        others[:2] = k.new_empty(0), v.new_empty(0)
+    return dq, *others
+
+
+_forward_cpp = _triton.register(
+    "context_attention_forward_cpp(Tensor q, Tensor k, Tensor v, Tensor q_time, Tensor? k_time, Tensor? visible, Tensor? own_k,"
+    " Tensor? own_v, Tensor? own_time, int rope_size, float scale) -> Tensor",
+    {"CPU": _run_forward},
+    fake=_forward_fake,
+)
+_backward_cpp = _triton.register(
+    "context_attention_backward_cpp(Tensor q, Tensor k, Tensor v, Tensor q_time, Tensor? k_time, Tensor? visible, Tensor? own_k,"
+    " Tensor? own_v, Tensor? own_time, Tensor grad, int rope_size, float scale, bool want_keys)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"CPU": _run_backward},
+    fake=_backward_fake,
+)
+_LIBRARY_OPS = {"triton": (_forward, _backward), "cpp": (_forward_cpp, _backward_cpp)}
+
+
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale):
+    def forward(ctx, q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale, impl):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, q_time, k_time, visible, own_k, own_v, own_time)
-        ctx.options = (rope_size, scale)
-        return _forward(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale)
+        ctx.options, ctx.impl = (rope_size, scale), impl
+        return _LIBRARY_OPS[impl][0](q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale)
 
     @staticmethod
     @once_differentiable("context_attention")
     def backward(ctx, grad):
         if grad is None:
-            return (None,) * 11
+            return (None,) * 12
         want_q, want_k, want_v, _, _, _, want_own_k, want_own_v, *_ = ctx.needs_input_grad
-        dq, dk, dv, d_own_k, d_own_v = _backward(*ctx.saved_tensors, grad, *ctx.options, want_k or want_v)
+        dq, dk, dv, d_own_k, d_own_v = _LIBRARY_OPS[ctx.impl][1](*ctx.saved_tensors, grad, *ctx.options, want_k or want_v)
         return (
             dq if want_q else None,
             dk if want_k else None,
@@ -202,13 +275,15 @@ class _ContextAttention(torch.autograd.Function):
             None,
             d_own_k if want_own_k else None,
             d_own_v if want_own_v else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
-@backend.op(reference=context_attention_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+@backend.op(
+    reference=context_attention_reference,
+    facts=_facts,
+    kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses},
+)
 def context_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -245,9 +320,12 @@ def context_attention(
         ValueError: shapes, devices, rope_size, a time that requires grad. TypeError: dtypes.
     """
     _check(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size)
-    if backend.choose(context_attention, impl, _facts(q, k, v, q_time, k_time, visible, own_k=own_k, own_v=own_v)) == "triton":
+    chosen = backend.choose(context_attention, impl, _facts(q, k, v, q_time, k_time, visible, own_k=own_k, own_v=own_v))
+    if chosen != "reference":
         arguments = (q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, q.shape[-1] ** -0.5 if scale is None else scale)
-        return _ContextAttention.apply(*arguments) if _triton.needs_grad(q, k, v, own_k, own_v) else _forward(*arguments)
+        if _triton.needs_grad(q, k, v, own_k, own_v):
+            return _ContextAttention.apply(*arguments, chosen)
+        return _LIBRARY_OPS[chosen][0](*arguments)
     return context_attention_reference(
         q, k, v, q_time, k_time, visible, own_k=own_k, own_v=own_v, own_time=own_time, rope_size=rope_size, scale=scale
     )
