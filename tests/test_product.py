@@ -30,6 +30,7 @@ def _plain(module, name, parameters, dtype, build, x, *, activation="none", time
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product that may go to oneDNN does, however small."""
     monkeypatch.setattr(products, "WORTHWHILE", 0)
+    monkeypatch.setattr(products, "WORTHWHILE_ACTIVATED", 0)
 
 
 @pytest.fixture
@@ -96,6 +97,7 @@ def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch):
     with torch.no_grad():
         assert products.fuses(module, many, (weight,), torch.float32)
         assert not products.fuses(module, few, (weight,), torch.float32)  # too small
+        assert products.fuses(module, few, (weight,), torch.float32, "gelu")  # which would be another call
         assert not products.fuses(module, many.double(), (weight,), torch.float64)
         assert not products.fuses(module, many, (weight,), torch.bfloat16)  # autocast
         assert not products.fuses(module, many.to("meta"), (weight,), torch.float32)
@@ -134,9 +136,11 @@ def _results() -> list[torch.Tensor]:
 
 
 def test_models_are_the_same_on_it(monkeypatch: pytest.MonkeyPatch, calls: list[bool]):
+    monkeypatch.setattr(products, "WORTHWHILE_ACTIVATED", products.WORTHWHILE)
     plain = _results()
     assert not any(calls)
     monkeypatch.setattr(products, "WORTHWHILE", 0)
+    monkeypatch.setattr(products, "WORTHWHILE_ACTIVATED", 0)
     calls.clear()
     fused = _results()
     assert sum(calls) > 50

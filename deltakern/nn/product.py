@@ -18,8 +18,10 @@ from deltakern import backend, ops
 from deltakern.nn.packing import PackedModule
 from deltakern.nn.recompute import Fleeting, linear
 
-WORTHWHILE = 3 << 19
+WORTHWHILE = 9 << 17
 """Multiply-adds from which oneDNN's product is faster than MKL's for all its dearer call."""
+WORTHWHILE_ACTIVATED = 3 << 17
+"""The same where an activation follows, which is then no call of its own."""
 ROWS_TRAINING = 1024
 """Rows from which reordering pays in training, where the weights are others at every step."""
 
@@ -44,7 +46,13 @@ def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def fuses(module: PackedModule, x: torch.Tensor, parameters: Sequence[torch.Tensor | None], dtype: torch.dtype) -> bool:
+def fuses(
+    module: PackedModule,
+    x: torch.Tensor,
+    parameters: Sequence[torch.Tensor | None],
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> bool:
     """Whether the product of x (...,D) with what is packed from ``parameters`` goes to oneDNN, and what follows it with it."""
     if not evaluates(x, dtype):
         return False
@@ -57,7 +65,7 @@ def fuses(module: PackedModule, x: torch.Tensor, parameters: Sequence[torch.Tens
             if parameter.is_inference():
                 return False
             packed += parameter.numel()
-    return rows * packed >= WORTHWHILE
+    return rows * packed >= (WORTHWHILE if activation == "none" else WORTHWHILE_ACTIVATED)
 
 
 def product(
@@ -90,7 +98,9 @@ def product(
     """
     if isinstance(x, Fleeting):
         return linear(x, *module.packed(name, parameters, dtype, build))
-    if not (fuses(module, x, parameters, dtype) if fused is None else fused):
+    if fused is None:
+        fused = fuses(module, x, parameters, dtype, activation)
+    if not fused:
         out = F.linear(x, *module.packed(name, parameters, dtype, build))
         if activation != "none":
             return ops.gelu(out) if activation == "gelu" else F.silu(out)
