@@ -131,7 +131,8 @@ void rope_qk_norm_backward_cpu(const BackwardSide& q, const BackwardSide& k, con
 }
 
 using RowsOf = std::tuple<uintptr_t, int, Sizes>;    // address, dtype, strides
-using TimesOf = std::tuple<uintptr_t, bool>;         // address, whether float64
+using TimesOf = std::pair<uintptr_t, bool>;          // address, whether float64
+using TimesOfAll = std::tuple<TimesOf, TimesOf, TimesOf, uintptr_t>;  // of queries, tokens, own tokens; revolutions a second
 using OwnOf = std::tuple<RowsOf, RowsOf>;            // keys, values
 using KeyGradients = std::array<RowsOf, 4>;          // of k, v, own_k, own_v
 
@@ -148,13 +149,14 @@ deltakern::Rows rows_of(const RowsOf& from, size_t dims, const char* name) {
 }
 
 deltakern::ContextAttention context_of(const std::array<int64_t, 8>& sizes, const RowsOf& q, const RowsOf& k, const RowsOf& v, const OwnOf& own,
-                                       const std::array<TimesOf, 3>& times, uintptr_t visible, double scale, const RowsOf& out) {
+                                       const TimesOfAll& times, uintptr_t visible, double scale, const RowsOf& out) {
   deltakern::ContextAttention p{};
   p.batch = sizes[0], p.queries = sizes[1], p.groups = sizes[2], p.tokens = sizes[3], p.own = sizes[4], p.heads = sizes[5], p.width = sizes[6];
   p.half = sizes[7];
   p.scale = static_cast<float>(scale);
-  deltakern::Times* to[] = {&p.q_time, &p.k_time, &p.own_time};
-  for (int i = 0; i < 3; ++i) *to[i] = {reinterpret_cast<const void*>(std::get<0>(times[i])), std::get<1>(times[i])};
+  const auto seconds = [](const TimesOf& from) -> deltakern::Times { return {reinterpret_cast<const void*>(from.first), from.second}; };
+  p.q_time = seconds(std::get<0>(times)), p.k_time = seconds(std::get<1>(times)), p.own_time = seconds(std::get<2>(times));
+  p.rates = reinterpret_cast<const float*>(std::get<3>(times));
   p.visible = reinterpret_cast<const int64_t*>(visible);
   p.q = rows_of(q, 4, "q"), p.k = rows_of(k, 4, "k"), p.v = rows_of(v, 4, "v"), p.out = rows_of(out, 4, "out");
   p.own_k = rows_of(std::get<0>(own), 5, "own_k"), p.own_v = rows_of(std::get<1>(own), 5, "own_v");
@@ -162,7 +164,7 @@ deltakern::ContextAttention context_of(const std::array<int64_t, 8>& sizes, cons
 }
 
 void context_attention_forward_cpu(const std::array<int64_t, 8>& sizes, const RowsOf& q, const RowsOf& k, const RowsOf& v, const OwnOf& own,
-                                   const std::array<TimesOf, 3>& times, uintptr_t visible, double scale, const RowsOf& out, int threads,
+                                   const TimesOfAll& times, uintptr_t visible, double scale, const RowsOf& out, int threads,
                                    const std::string& isa) {
   const deltakern::ContextAttention p = context_of(sizes, q, k, v, own, times, visible, scale, out);
   checked_threads("context_attention", threads);
@@ -171,7 +173,7 @@ void context_attention_forward_cpu(const std::array<int64_t, 8>& sizes, const Ro
 }
 
 void context_attention_backward_cpu(const std::array<int64_t, 8>& sizes, const RowsOf& q, const RowsOf& k, const RowsOf& v, const OwnOf& own,
-                                    const std::array<TimesOf, 3>& times, uintptr_t visible, double scale, const RowsOf& grad, const RowsOf& dq,
+                                    const TimesOfAll& times, uintptr_t visible, double scale, const RowsOf& grad, const RowsOf& dq,
                                     const KeyGradients& gradients, int threads, const std::string& isa) {
   deltakern::ContextAttention p = context_of(sizes, q, k, v, own, times, visible, scale, dq);
   checked_threads("context_attention", threads);

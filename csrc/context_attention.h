@@ -26,6 +26,7 @@ struct ContextAttention {
   int64_t half;                                               // channels (i, i + half) rotate, those from 2 * half on do not
   float scale;
   Times q_time, k_time, own_time;  // k_time null: keys stand rotated already, own ones too
+  const float* rates;              // half: revolutions a second of the channels, for times in float32
   const int64_t* visible;          // of a group, from 1 to tokens; null for all
   Rows q, out;                     // strides of batch, query, head
   Rows k, v;                       // strides of batch, token, head

@@ -46,18 +46,24 @@ double at(const Times& times, int64_t i) {
   return times.wide ? static_cast<const double*>(times.data)[i] : static_cast<double>(static_cast<const float*>(times.data)[i]);
 }
 
-// Angles are taken from the time of the clip's first query on, so that they keep their digits however late the clip is: only the
-// differences of times matter. Keys that are rotated already stand at time zero.
+// As the reference has them: angles of float32 times in float32, in its order of operations, of float64 times in float64. Where all
+// times are float64 angles are taken from the time of the clip's first query on, so that they keep their digits however late the clip
+// is: only the differences of times matter. Keys that are rotated already stand at time zero.
 class Tables {
  public:
   Tables(const ContextAttention& p, const ContextLayout& layout, int threads)
-      : rates_(p.half), times_{{p.q_time, p.groups}, {p.k_time, p.tokens}, {p.own_time, p.own}} {
+      : single_(p.rates), rates_(p.half), times_{{p.q_time, p.groups}, {p.k_time, p.tokens}, {p.own_time, p.own}} {
     for (int64_t i = 0; i < p.half; ++i) {
       const double exponent = p.half == 1 ? -2.0 : -2.0 + 4.0 * static_cast<double>(i) / static_cast<double>(p.half - 1);
       rates_[i] = 2.0 * M_PI / std::pow(10.0, exponent);
     }
     int64_t rows = 0;
-    for (const Kind& kind : times_) rows += kind.times.data ? p.batch * kind.count : 0;
+    bool relative = p.k_time.data != nullptr;
+    for (const Kind& kind : times_) {
+      if (kind.times.data == nullptr) continue;
+      rows += p.batch * kind.count;
+      relative = relative && kind.times.wide;
+    }
     room_.reset(new float[2 * rows * layout.table]);
     float* to = room_.get();
     const float* found[3] = {};
@@ -67,8 +73,8 @@ class Tables {
       found[kind] = to;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && p.batch * count > 64)
       for (int64_t i = 0; i < p.batch * count; ++i) {
-        const double origin = p.k_time.data ? at(p.q_time, i / count * p.groups) : 0.0;
-        fill(at(times, i) - origin, to + 2 * i * layout.table, layout.table);
+        const double seconds = at(times, i) - (relative ? at(p.q_time, i / count * p.groups) : 0.0);
+        fill(seconds, times.wide, to + 2 * i * layout.table, layout.table);
       }
       to += 2 * p.batch * count * layout.table;
     }
@@ -81,14 +87,16 @@ class Tables {
     Times times;
     int64_t count;
   };
-  void fill(double seconds, float* to, int64_t length) const {
+  void fill(double seconds, bool wide, float* to, int64_t length) const {
     const int64_t half = static_cast<int64_t>(rates_.size());
+    const float turns = static_cast<float>(2.0 * M_PI) * static_cast<float>(seconds);
     for (int64_t i = 0; i < length; ++i) {
-      const double angle = i < half ? seconds * rates_[i] : 0.0;
+      const double angle = i >= half ? 0.0 : wide ? seconds * rates_[i] : static_cast<double>(turns * single_[i]);
       to[i] = i < half ? static_cast<float>(std::cos(angle)) : 0.0f;
       to[length + i] = i < half ? static_cast<float>(std::sin(angle)) : 0.0f;
     }
   }
+  const float* single_;
   std::vector<double> rates_;
   Kind times_[3];
   std::unique_ptr<float[]> room_;
@@ -161,6 +169,7 @@ void check_context(const ContextAttention& p, bool backward) {
   check_times(p.k_time, "k_time", false);
   check_times(p.own_time, "own_time", there && p.own > 0 && p.k_time.data != nullptr);
   if (p.own_time.data != nullptr && p.k_time.data == nullptr) refuse("own_time comes with k_time alone");
+  check_address(p.rates, 4, "rates", true);
   check_address(p.visible, 8, "visible", false);
   if (p.visible)
     for (int64_t g = 0; g < p.groups; ++g)

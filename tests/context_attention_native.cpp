@@ -19,6 +19,7 @@ struct Problem {
   ContextAttention p{};
   std::vector<float> seconds[3];  // of queries, tokens, own tokens
   std::vector<int64_t> visible;
+  std::vector<float> rates;
   std::vector<Tensor> q, shared, own;  // q, out, grad, dq; k, v, dk, dv; own_k, own_v and theirs
 
   Values row(const Tensor& t, int64_t at) const {
@@ -29,7 +30,7 @@ struct Problem {
   // Rotated by `seconds`, or back
   Values rotated(Values x, double time, bool back) const {
     for (int64_t i = 0; i < p.half; ++i) {
-      const double rate = 2 * M_PI / std::pow(10.0, p.half == 1 ? -2.0 : -2.0 + 4.0 * i / (p.half - 1.0));
+      const double rate = 2 * M_PI * rates[i];
       const double c = std::cos(time * rate), s = (back ? -1 : 1) * std::sin(time * rate), a = x[i], b = x[p.half + i];
       x[i] = a * c - b * s, x[p.half + i] = b * c + a * s;
     }
@@ -63,6 +64,8 @@ int try_one(int trial) {
   p.batch = 1 + below(2), p.groups = 1 + below(3), p.queries = p.groups * (1 + below(30)), p.tokens = 1 + below(20), p.own = below(4);
   p.heads = 1 + below(2), p.width = trial % 3 ? 2 + below(kMostWidth - 1) : 64, p.half = 1 + below(p.width / 2);
   p.scale = 0.5f / std::sqrt(static_cast<float>(p.width));
+  for (int64_t i = 0; i < p.half; ++i) x.rates.push_back(std::pow(10.0f, 2.0f * below(2) - 1.0f));
+  p.rates = x.rates.data();
   const auto type = [] { return static_cast<DType>(below(3)); };
   const DType of_q = type(), of_k = type(), of_own = type();
   for (int i = 0; i < 4; ++i) x.q.emplace_back(std::vector<int64_t>{p.batch, p.queries, p.heads, p.width}, of_q, i % 2 && below(2));

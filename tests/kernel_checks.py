@@ -149,6 +149,15 @@ def run_kernel(case: Case, args: Sequence[Any], kwargs: dict[str, Any], impl: st
     return forward_backward(case.function, args, {**kwargs, "impl": impl}, case.differentiable, random_cotangents())
 
 
+def same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    """The same bits, NaN included, in tensors of 32 or 16 bits."""
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous().view(torch.int32 if tensor.itemsize == 4 else torch.int16)
+
+    return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+
+
 class LibraryCalls(TorchDispatchMode):
     """Collects the calls of the package's library ops."""
 

@@ -18,13 +18,15 @@ Dtypes: q, k, v float32, bfloat16, float16 (float64 in the reference); times flo
 float32 (float64 for float64, angles too when the times are float64).
 Gradient: q, k, v, own_k, own_v (not the times: a time that requires grad raises).
 Determinism: sums run in a fixed order.
-Kernels: angles in float64 for any times, of the seconds from the clip's query to the token, scores and sums in float32. Triton: at
-most 32 context tokens (16 of more than 64 channels in float32) and 128 channels, q, k and v of one dtype. C++ on a CPU: 256 channels.
+Kernels: scores and sums in float32. Triton: angles in float64 for any times, of the seconds from the query to the token; at most 32
+context tokens (16 of more than 64 channels in float32) and 128 channels, q, k and v of one dtype. C++, on a CPU: angles as above; at
+most 256 channels.
 Source: Predictor._CrossAttn of the released code with causal_mask; paper, section 3 (DeltaWorld).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -40,9 +42,17 @@ MOST_TOKENS = 32
 def temporal_angles(time: torch.Tensor, rope_size: int) -> torch.Tensor:
     """Angles of the temporal RoPE, (..., rope_size/2), for times in seconds (...). At least float32."""
     wide = torch.promote_types(time.dtype, torch.float32)
-    half = rope_size // 2
-    inverse = 1.0 / (10.0 ** torch.linspace(-2, 2, half, device=time.device, dtype=wide))
-    return (2 * math.pi) * time.to(wide)[..., None] * inverse
+    return (2 * math.pi) * time.to(wide)[..., None] * _revolutions(rope_size // 2, time.device, wide)
+
+
+def _revolutions(half: int, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+    """Revolutions a second of every pair of channels, (half,)."""
+    return 1.0 / (10.0 ** torch.linspace(-2, 2, half, device=device, dtype=dtype))
+
+
+@functools.cache
+def _single_revolutions(half: int) -> torch.Tensor:
+    return _revolutions(half, "cpu", torch.float32)
 
 
 def temporal_rope(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -191,7 +201,7 @@ def _seconds(time: torch.Tensor | None) -> torch.Tensor | None:
     """Times as the extension reads them: float32 or float64 side by side."""
     if time is None:
         return None
-    return (time if time.dtype in (torch.float32, torch.float64) else time.double()).contiguous()
+    return (time if time.dtype in (torch.float32, torch.float64) else time.float()).contiguous()
 
 
 def _problem(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, scale):
@@ -202,18 +212,18 @@ def _problem(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size
     times = _seconds(q_time), _seconds(k_time), None if k_time is None else _seconds(own_time)
     if visible is not None:
         visible = visible.long().contiguous()
-    own = 0 if own_k is None else own_k.shape[2]
+    own, rates = 0 if own_k is None else own_k.shape[2], _single_revolutions(rope_size // 2)
     arguments = (
         (q.shape[0], q.shape[1], q_time.shape[1], k.shape[1], own, *q.shape[2:], rope_size // 2),
         _rows(q),
         _rows(k),
         _rows(v),
         (_rows(own_k), _rows(own_v)),
-        [(0, False) if t is None else (t.data_ptr(), t.dtype == torch.float64) for t in times],
+        (*((0, False) if t is None else (t.data_ptr(), t.dtype == torch.float64) for t in times), rates.data_ptr()),
         0 if visible is None else visible.data_ptr(),
         scale,
     )
-    return arguments, (q, k, v, own_k, own_v, times, visible)
+    return arguments, (q, k, v, own_k, own_v, times, rates, visible)
 
 
 def _run_forward(q, *rest):
