@@ -16,6 +16,7 @@ import torch
 
 from deltakern import backend
 from deltakern.report import collect, rows, stages
+from deltakern.report import run as report_run
 from deltakern.report.rows import Row
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is in the repository, not in the package
@@ -420,6 +421,18 @@ def test_readme_shows_the_committed_rows():
     assert measure.updated_readme(text, measure.readme_table(rows.read(measure.RESULTS))) == text, (
         "run: python -m benchmarks.run --update-readme"
     )
+
+
+def test_the_committed_rows_make_a_report(tmp_path, capsys):
+    """Rows of every kind that benchmarks write, those without FLOPs or seconds among them."""
+    report_run.main("tiny", "cpu", tmp_path, None, measure.RESULTS)
+    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["rows"]
+    said, text = capsys.readouterr().out, (tmp_path / "report.md").read_text(encoding="utf-8")
+    for name in {row.name for row in rows.read(measure.RESULTS) if row.kind == "model"}:
+        assert any(row["name"] == name for row in written)
+        assert name in text
+    assert "Latency by stage" in said
+    assert (tmp_path / "report.html").stat().st_size > 100_000
 
 
 def test_committed_rows_say_where_they_come_from():

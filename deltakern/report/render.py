@@ -240,7 +240,7 @@ def _stage_latency(report: dict[str, Any]) -> list[Table]:
                     times(ours),
                     f"{seconds(row['low'])} to {seconds(row['high'])}",
                     str(row["rounds"]),
-                    rate(row["figures"]["flops"] / row["seconds"], "FLOP/s"),
+                    rate(row["figures"]["flops"] / row["seconds"], "FLOP/s") if "flops" in row["figures"] else "",
                     ", ".join(extra),
                 ]
             )
