@@ -312,6 +312,19 @@ def test_ten_kills_lose_at_most_the_steps_since_the_last_checkpoint(tokens, tmp_
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
+def test_weights_half_written_are_removed(tmp_path):
+    run = Run(tmp_path)
+    run.create({})
+    run.best_weights.parent.mkdir()
+    whole = run.weights, run.best_weights
+    left = [path.with_name(f".{path.name}.{pid}.partial") for path in whole for pid in (7, 4711)]
+    for path in (*whole, *left):
+        path.write_bytes(b"half")
+    run.create({})
+    assert all(path.exists() for path in whole)
+    assert not any(path.exists() for path in left)
+
+
 def _train_until_told(began, tokens, out):
     torch.set_num_threads(1)
     add = Log.add

@@ -48,8 +48,11 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
 
     def create(self, config: Mapping[str, Any]) -> None:
-        """Makes the folder and notes how the run was called."""
+        """Makes the folder, notes how the run was called, and removes weights that a killed process had half written."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for path in (self.weights, self.best_weights):
+            for left in path.parent.glob(f".{path.name}.*.partial"):
+                left.unlink(missing_ok=True)
         partial = self.folder / ".config.partial"
         partial.write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
         os.replace(partial, self.folder / "config.json")
