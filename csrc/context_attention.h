@@ -2,8 +2,6 @@
 // instruction set.
 #pragma once
 
-#include <cstddef>
-
 #include "numbers.h"
 
 namespace deltakern {
@@ -38,6 +36,8 @@ struct ContextAttention {
 constexpr int64_t kMostWidth = 256;
 constexpr int64_t kQueriesAtOnce = 64;  // of a unit of the forward's work
 
+constexpr int64_t kPack = 16;           // floats that the kernels take at a time
+
 constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // What a thread works with, in floats: lengths, all but `pairs` whole packs (cpu_packs.h), and where in its memory things are.
@@ -66,9 +66,9 @@ struct Turns {
 
 struct ContextKernels {
   // Units [first, last) of batch x portions of kQueriesAtOnce queries x heads
-  void (*forward)(const ContextAttention& p, const ContextLayout& layout, const Turns& turns, int64_t first, int64_t last, float* scratch);
+  void (*forward)(const ContextAttention& p, const ContextLayout& layout, const Turns& turns, int64_t first, int64_t last, float* memory);
   // Units [first, last) of batch x heads: a unit adds up its own keys' gradients, in the order of the queries
-  void (*backward)(const ContextAttention& p, const ContextLayout& layout, const Turns& turns, int64_t first, int64_t last, float* scratch);
+  void (*backward)(const ContextAttention& p, const ContextLayout& layout, const Turns& turns, int64_t first, int64_t last, float* memory);
 };
 
 extern const ContextKernels context_baseline;

@@ -5,30 +5,25 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
 #include "cpu_isa.h"
+#include "refuse.h"
 
 namespace deltakern {
 namespace {
 
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("context_attention: " + what); }
-
-void check_address(const void* address, int64_t size, const std::string& name, bool needed) {
-  if (needed && address == nullptr) refuse(name + ": null pointer");
-  if (reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(size)) refuse(name + ": misaligned address");
-}
+constexpr char kOp[] = "context_attention";
 
 void check_rows(const Rows& rows, const std::string& name, bool needed) {
   if (rows.type != DType::float32 && rows.type != DType::bfloat16 && rows.type != DType::float16)
-    refuse(name + ": dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(static_cast<int>(rows.type)));
-  check_address(rows.data, rows.type == DType::float32 ? 4 : 2, name, needed);
+    refuse(kOp, name + ": dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(static_cast<int>(rows.type)));
+  check_address(kOp, rows.data, rows.type == DType::float32 ? 4 : 2, name, needed);
   for (int64_t stride : rows.stride)
-    if (stride < 0) refuse(name + ": strides must not be negative");
+    if (stride < 0) refuse(kOp, name + ": strides must not be negative");
 }
 
-void check_times(const Times& times, const std::string& name, bool needed) { check_address(times.data, times.wide ? 8 : 4, name, needed); }
+void check_times(const Times& times, const std::string& name, bool needed) { check_address(kOp, times.data, times.wide ? 8 : 4, name, needed); }
 
 bool no_keys(const ContextAttention& p) { return p.batch == 0 || p.heads == 0; }
 bool empty(const ContextAttention& p) { return no_keys(p) || p.queries == 0; }
@@ -39,8 +34,6 @@ double work(const ContextAttention& p) {
 }
 
 constexpr double kSerial = 1 << 15;  // below this starting a team costs more
-
-constexpr int64_t kPack = 16;
 
 double at(const Times& times, int64_t i) {
   return times.wide ? static_cast<const double*>(times.data)[i] : static_cast<double>(static_cast<const float*>(times.data)[i]);
@@ -149,15 +142,15 @@ ContextLayout::ContextLayout(const ContextAttention& p, bool backward)
 void check_context(const ContextAttention& p, bool backward) {
   int64_t elements = 1;
   for (int64_t size : {p.batch, p.queries, p.heads, p.width, p.tokens + p.own}) {
-    if (size < 0) refuse("sizes must not be negative");
-    if (size != 0 && elements > std::numeric_limits<int64_t>::max() / 64 / size) refuse("sizes overflow 64 bits");
+    if (size < 0) refuse(kOp, "sizes must not be negative");
+    if (size != 0 && elements > std::numeric_limits<int64_t>::max() / 64 / size) refuse(kOp, "sizes overflow 64 bits");
     elements *= std::max<int64_t>(size, 1);
   }
-  if (p.tokens < 1) refuse("there must be a context token, got " + std::to_string(p.tokens));
-  if (p.own < 0) refuse("sizes must not be negative");
-  if (p.groups < 1 || p.queries % p.groups) refuse("queries must be a multiple of groups, got " + std::to_string(p.queries) + " and " + std::to_string(p.groups));
-  if (p.width < 2 || p.width > kMostWidth) refuse("a head must have from 2 to " + std::to_string(kMostWidth) + " channels, got " + std::to_string(p.width));
-  if (p.half < 1 || 2 * p.half > p.width) refuse("from 1 to half of the channels rotate with another one, got " + std::to_string(p.half));
+  if (p.tokens < 1) refuse(kOp, "there must be a context token, got " + std::to_string(p.tokens));
+  if (p.own < 0) refuse(kOp, "sizes must not be negative");
+  if (p.groups < 1 || p.queries % p.groups) refuse(kOp, "queries must be a multiple of groups, got " + std::to_string(p.queries) + " and " + std::to_string(p.groups));
+  if (p.width < 2 || p.width > kMostWidth) refuse(kOp, "a head must have from 2 to " + std::to_string(kMostWidth) + " channels, got " + std::to_string(p.width));
+  if (p.half < 1 || 2 * p.half > p.width) refuse(kOp, "from 1 to half of the channels rotate with another one, got " + std::to_string(p.half));
   const bool there = !empty(p);
   check_rows(p.q, "q", there);
   check_rows(p.k, "k", !no_keys(p));
@@ -168,12 +161,12 @@ void check_context(const ContextAttention& p, bool backward) {
   check_times(p.q_time, "q_time", p.batch > 0);
   check_times(p.k_time, "k_time", false);
   check_times(p.own_time, "own_time", there && p.own > 0 && p.k_time.data != nullptr);
-  if (p.own_time.data != nullptr && p.k_time.data == nullptr) refuse("own_time comes with k_time alone");
-  check_address(p.rates, 4, "rates", true);
-  check_address(p.visible, 8, "visible", false);
+  if (p.own_time.data != nullptr && p.k_time.data == nullptr) refuse(kOp, "own_time comes with k_time alone");
+  check_address(kOp, p.rates, 4, "rates", true);
+  check_address(kOp, p.visible, 8, "visible", false);
   if (p.visible)
     for (int64_t g = 0; g < p.groups; ++g)
-      if (p.visible[g] < 1 || p.visible[g] > p.tokens) refuse("visible must be from 1 to " + std::to_string(p.tokens) + ", got " + std::to_string(p.visible[g]));
+      if (p.visible[g] < 1 || p.visible[g] > p.tokens) refuse(kOp, "visible must be from 1 to " + std::to_string(p.tokens) + ", got " + std::to_string(p.visible[g]));
   if (!backward) return;
   check_rows(p.grad, "the incoming gradient", there);
   check_rows(p.dk, "dk", !no_keys(p));

@@ -11,7 +11,7 @@ namespace deltakern {
 namespace {
 
 constexpr int kTogether = kWidth == 16 ? 4 : 2;  // as many as registers hold the sums of; results do not depend on it
-static_assert(kTogether <= kMostTogether, "");
+static_assert(kTogether <= kMostTogether && kLanes == kPack, "");
 
 DK_INLINE Pack at(const float* from) { return read<Float32>(reinterpret_cast<const char*>(from)); }
 DK_INLINE void put(float* to, const Pack& a) { write<Float32>(reinterpret_cast<char*>(to), a); }

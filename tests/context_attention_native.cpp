@@ -1,8 +1,6 @@
 // A program that compares the CPU kernels of context_attention with plain loops in double, for AddressSanitizer
 // (tests/test_extension_sanitizers.py): every instruction set, forward and backward, tensors that end where their last element does.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <string>
 
 #include "../csrc/context_attention.h"
@@ -51,11 +49,6 @@ double dot(const Values& a, const Values& b) {
 }
 void add(Values& to, const Values& x, double factor) {
   for (size_t i = 0; i < to.size(); ++i) to[i] += factor * x[i];
-}
-
-int failed(const char* what, int trial, const std::string& isa) {
-  fprintf(stderr, "trial %d, %s: %s\n", trial, isa.c_str(), what);
-  return 1;
 }
 
 int try_one(int trial) {
@@ -157,10 +150,4 @@ int try_one(int trial) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  const int trials = argc > 1 ? atoi(argv[1]) : 100;
-  for (int trial = 0; trial < trials; ++trial)
-    if (try_one(trial)) return 1;
-  printf("%d problems, all as plain loops in double; instruction sets: %s\n", trials, cpu_instruction_sets());
-  return 0;
-}
+int main(int argc, char** argv) { return run(argc, argv, try_one); }

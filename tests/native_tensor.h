@@ -2,11 +2,14 @@
 #pragma once
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
 
+#include "../csrc/cpu_isa.h"
 #include "../csrc/numbers.h"
 
 namespace {
@@ -63,6 +66,20 @@ struct Tensor {
 bool close(double value, double truth, DType type, double scale) {
   const double eps = type == DType::float32 ? 4e-5 : type == DType::bfloat16 ? 8e-3 : 1e-3;
   return std::fabs(value - truth) <= eps * (std::fabs(truth) + scale);
+}
+
+int failed(const char* what, int trial, const std::string& isa) {
+  fprintf(stderr, "trial %d, %s: %s\n", trial, isa.c_str(), what);
+  return 1;
+}
+
+// A program's main: as many problems as its argument says, each of which returns 0 where all is right
+int run(int argc, char** argv, int (*try_one)(int trial)) {
+  const int trials = argc > 1 ? atoi(argv[1]) : 100;
+  for (int trial = 0; trial < trials; ++trial)
+    if (try_one(trial)) return 1;
+  printf("%d problems, all as plain loops in double; instruction sets: %s\n", trials, deltakern::cpu_instruction_sets());
+  return 0;
 }
 
 }  // namespace

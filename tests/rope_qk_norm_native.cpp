@@ -1,7 +1,5 @@
 // A program that compares the CPU kernels of rope_qk_norm with plain loops in double, for AddressSanitizer
 // (tests/test_extension_sanitizers.py): every instruction set, forward and backward, tensors that end where their last element does.
-#include <cstdio>
-#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -74,11 +72,6 @@ struct Problem {
   }
 };
 
-int failed(const char* what, int trial, const std::string& isa) {
-  fprintf(stderr, "trial %d, %s: %s\n", trial, isa.c_str(), what);
-  return 1;
-}
-
 int try_one(int trial) {
   Problem p;
   const int64_t width = trial % 3 == 0 ? 64 : 2 * (1 + below(kMostChannels / 2));
@@ -144,10 +137,4 @@ int try_one(int trial) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  const int trials = argc > 1 ? atoi(argv[1]) : 100;
-  for (int trial = 0; trial < trials; ++trial)
-    if (try_one(trial)) return 1;
-  printf("%d problems, all as plain loops in double; instruction sets: %s\n", trials, cpu_instruction_sets());
-  return 0;
-}
+int main(int argc, char** argv) { return run(argc, argv, try_one); }
