@@ -41,14 +41,12 @@ class CrossAttention(PackedModule):
         both = both.unflatten(-1, (2, self.num_heads, -1))
         return rotate(both[:, :, 0]), both[:, :, 1]
 
-    def forward(
-        self, normed: torch.Tensor, kv: KeysValues, mix: Mix, scale: torch.Tensor | None = None, plus: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(B,Q,D) -> (B,Q,D); ``mix(q, k, v)`` is the attention itself, ``scale`` is folded into the output projection, ``plus`` added."""
+    def forward(self, normed: torch.Tensor, kv: KeysValues, mix: Mix, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """(B,Q,D) -> (B,Q,D); ``mix(q, k, v)`` is the attention itself, ``scale`` is folded into the output projection."""
         dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
         q = product(self, "q", (self.q_proj.weight, self.q_proj.bias), dtype, lambda *p: p, normed).unflatten(-1, (self.num_heads, -1))
         parts = (self.out_proj.weight, self.out_proj.bias, scale)
-        return product(self, "out", parts, dtype, fold_scale, mix(q, *kv).flatten(2), plus=plus)
+        return product(self, "out", parts, dtype, fold_scale, mix(q, *kv).flatten(2))
 
 
 class PredictorBlock(nn.Module):
@@ -77,9 +75,6 @@ class PredictorBlock(nn.Module):
         dtype = compute_dtype(self.norm1.weight.device.type, self.norm1.weight.dtype)
         kv = self.attention.keys_values(memory, rotate) if isinstance(memory, torch.Tensor) else memory
         stream, normed = add_and_norm(entry, self.norm1, dtype)
-        if fold and evaluates(stream, dtype):
-            stream, normed = add_and_norm(Residual(self.attention(normed, kv, mix, scale1, stream)), self.norm2, dtype)
-            return Residual(self.mlp(normed, scale2, stream))
         branch = self.attention(normed, kv, mix, scale1 if fold else None)
         stream, normed = add_and_norm(Residual(stream, branch, None if fold else scale1), self.norm2, dtype)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltakern import backend, ops
+from deltakern.nn import evaluation
 from deltakern.nn.attend import attend, check_backend
 from deltakern.nn.packing import PackedModule, compute_dtype
-from deltakern.nn.product import evaluates, fuses, product
+from deltakern.nn.product import product
 from deltakern.nn.recompute import Fleeting, apply, check_mode, recomputes
 
 QK_NORM_ORDERS = ("pre_rope", "post_rope")
@@ -109,6 +110,10 @@ def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return linear.weight, linear.bias
 
 
+def _as_they_are(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return weight, bias
+
+
 class MLP(PackedModule):
     """width -> hidden -> width with exact GELU; parameters ``up_proj``, ``down_proj``."""
 
@@ -121,17 +126,23 @@ class MLP(PackedModule):
         self,
         normed: torch.Tensor | Fleeting,
         scale: torch.Tensor | None = None,
-        plus: torch.Tensor | None = None,
         *,
         recompute: bool = False,
     ) -> torch.Tensor:
-        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it.
-        ``recompute``: the hidden layer is made again in the backward."""
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection. ``recompute``: the hidden layer is made again in
+        the backward."""
         weight, bias = _parameters(self.up_proj)
         dtype = compute_dtype(weight.device.type, weight.dtype)
-        up = functools.partial(product, self, "up", (weight, bias), dtype, lambda *p: p, normed)
+        up = functools.partial(product, self, "up", (weight, bias), dtype, _as_they_are, normed)
         hidden = apply(ops.gelu, up(), recompute=True) if recompute else up(activation="gelu")
-        return _down(self, hidden, scale, plus, dtype)
+        return _down(self, hidden, scale, dtype)
+
+    def for_evaluation(self, scale: torch.Tensor) -> evaluation.GELU:
+        """The same with its residual, see :mod:`deltakern.nn.evaluation`."""
+        return evaluation.GELU(
+            evaluation.Projection(_as_they_are, *_parameters(self.up_proj)),
+            evaluation.Projection(fold_scale, *_parameters(self.down_proj), scale),
+        )
 
 
 class SwiGLU(PackedModule):
@@ -147,26 +158,41 @@ class SwiGLU(PackedModule):
         self,
         normed: torch.Tensor | Fleeting,
         scale: torch.Tensor | None = None,
-        plus: torch.Tensor | None = None,
         *,
         recompute: bool = False,
     ) -> torch.Tensor:
-        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``plus`` (..., D) is added behind it.
-        ``recompute``: the hidden layer is made again in the backward."""
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection. ``recompute``: the hidden layer is made again in
+        the backward."""
         gate, up = _parameters(self.gate_proj), _parameters(self.up_proj)
         dtype = compute_dtype(up[0].device.type, up[0].dtype)
-        if not recompute and fuses(self, normed, gate, dtype):  # both activations ride on the products: packing gains nothing
-            hidden = product(self, "gate", gate, dtype, lambda *p: p, normed, activation="silu", fused=True)
-            hidden = product(self, "up", up, dtype, lambda *p: p, normed, times=hidden, fused=True)
-        else:
-            hidden = apply(ops.swiglu, product(self, "gate_up", (*gate, *up), dtype, _pack_gate_up, normed), recompute=recompute)
-        return _down(self, hidden, scale, plus, dtype)
+        hidden = apply(ops.swiglu, product(self, "gate_up", (*gate, *up), dtype, _join, normed), recompute=recompute)
+        return _down(self, hidden, scale, dtype)
+
+    def for_evaluation(self, scale: torch.Tensor) -> evaluation.SwiGLU:
+        """The same with its residual, see :mod:`deltakern.nn.evaluation`."""
+        gate, up = _parameters(self.gate_proj), _parameters(self.up_proj)
+        return evaluation.SwiGLU(
+            evaluation.Projection(_as_they_are, *gate),
+            evaluation.Projection(_as_they_are, *up),
+            evaluation.Projection(_join, *gate, *up),
+            evaluation.Projection(fold_scale, *_parameters(self.down_proj), scale),
+        )
 
 
-def _pack_gate_up(
-    gate: torch.Tensor, gate_bias: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat((gate, up)), torch.cat((gate_bias, up_bias))
+def _join(*p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and biases, in turn, as one weight and one bias."""
+    return torch.cat(p[::2]), torch.cat(p[1::2])
+
+
+def _pack_qkv(q: torch.Tensor, q_bias: torch.Tensor, k: torch.Tensor, v: torch.Tensor, v_bias: torch.Tensor, *gate: torch.Tensor):
+    """Weight and bias of q, k, v and the gate. Zero rows fill the gate up to a multiple of 16, so that every row of the product begins
+    at a multiple of 32 bytes and kernels read its slices 16 bytes at a time."""
+    weights, biases = [q, k, v], [q_bias, torch.zeros_like(q_bias), v_bias]
+    if gate:
+        padding = -gate[0].shape[0] % 16
+        weights += [gate[0], q.new_zeros((padding, q.shape[1]))]
+        biases += [gate[1], q.new_zeros(padding)]
+    return torch.cat(weights), torch.cat(biases)
 
 
 def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,10 +200,8 @@ def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | N
     return (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)
 
 
-def _down(
-    mlp: PackedModule, hidden: torch.Tensor | Fleeting, scale: torch.Tensor | None, plus: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    return product(mlp, "down", (*_parameters(mlp.down_proj), scale), dtype, fold_scale, hidden, plus=plus)
+def _down(mlp: PackedModule, hidden: torch.Tensor | Fleeting, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return product(mlp, "down", (*_parameters(mlp.down_proj), scale), dtype, fold_scale, hidden)
 
 
 class SelfAttention(PackedModule):
@@ -218,23 +242,13 @@ class SelfAttention(PackedModule):
         return self.q_norm.weight, self.k_norm.weight
 
     def _project_together(self, normed: torch.Tensor | Fleeting, dtype: torch.dtype) -> torch.Tensor:
-        """q, k, v and the gate's logits as one product, (B,L,3D [+ H + padding]).
+        """q, k, v and the gate's logits as one product, (B,L,3D [+ H + padding])."""
+        return product(self, "qkv", self._projections(), dtype, _pack_qkv, normed)
 
-        Zero rows fill the gate up to a multiple of 16, so that every row of the product begins at a multiple of 32 bytes and
-        kernels read its slices 16 bytes at a time.
-        """
+    def _projections(self) -> tuple[torch.Tensor, ...]:
+        """The arguments of :func:`_pack_qkv`."""
         gate = _parameters(self.attn_gate) if self.gated else ()
-        parts = (*_parameters(self.q_proj), self.k_proj.weight, *_parameters(self.v_proj), *gate)
-
-        def build(q, q_bias, k, v, v_bias, *gate):
-            weights, biases = [q, k, v], [q_bias, torch.zeros_like(q_bias), v_bias]
-            if gate:
-                padding = -gate[0].shape[0] % 16
-                weights += [gate[0], q.new_zeros((padding, q.shape[1]))]
-                biases += [gate[1], q.new_zeros(padding)]
-            return torch.cat(weights), torch.cat(biases)
-
-        return product(self, "qkv", parts, dtype, build, normed)
+        return (*_parameters(self.q_proj), self.k_proj.weight, *_parameters(self.v_proj), *gate)
 
     def project(
         self, normed: torch.Tensor, rope: Rope, *, num_prefix: int, dtype: torch.dtype
@@ -252,15 +266,14 @@ class SelfAttention(PackedModule):
         gate: torch.Tensor | None,
         scale: torch.Tensor | None,
         dtype: torch.dtype,
-        plus: torch.Tensor | None = None,
         *,
         recompute: bool = False,
     ) -> torch.Tensor:
-        """Head gate and output projection of (B,L,H,d), with ``scale`` folded in and ``plus`` (B,L,D) added.
+        """Head gate and output projection of (B,L,H,d), with ``scale`` folded in.
         ``recompute``: the gated rows are made again in the backward."""
         opened = mixed if gate is None else apply(ops.head_gate, mixed, gate, recompute=recompute)
         flat = opened._replace(value=opened.value.flatten(2)) if isinstance(opened, Fleeting) else opened.flatten(2)
-        return product(self, "o", (*_parameters(self.o_proj), scale), dtype, fold_scale, flat, plus=plus)
+        return product(self, "o", (*_parameters(self.o_proj), scale), dtype, fold_scale, flat)
 
     def forward(
         self,
@@ -270,7 +283,6 @@ class SelfAttention(PackedModule):
         num_prefix: int,
         skip: int = 0,
         scale: torch.Tensor | None = None,
-        plus: torch.Tensor | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
         """Attention of rows ``skip``.. over all rows.
@@ -281,7 +293,6 @@ class SelfAttention(PackedModule):
             num_prefix: leading tokens that do not rotate.
             skip: leading rows whose output nobody reads.
             scale: (D,) folded into the output projection.
-            plus: (B, L - skip, D) added behind it.
             recompute: rotated q and k, and the gated rows, are made again in the backward.
 
         Returns:
@@ -303,7 +314,7 @@ class SelfAttention(PackedModule):
         if skip:
             q, gate = q[:, skip:], None if gate is None else gate[:, skip:]
         mixed = attend(q, k, v, backend=self.attention, again=again)
-        return self.output(mixed, gate, scale, dtype, plus, recompute=recompute)
+        return self.output(mixed, gate, scale, dtype, recompute=recompute)
 
     def first_row(
         self,
@@ -313,7 +324,6 @@ class SelfAttention(PackedModule):
         num_prefix: int,
         fold_value: bool,
         scale: torch.Tensor | None = None,
-        plus: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The output of row 0 alone, (B,1,D): keys of every token, one query; exact, see spec of ``ops.delta_pool``.
 
@@ -343,10 +353,36 @@ class SelfAttention(PackedModule):
         if self.gated:
             gate_weight, gate_bias = self.packed("gate", (self.attn_gate.weight, self.attn_gate.bias), dtype, lambda *p: p)
             gate = F.linear(first, gate_weight, gate_bias)[:, None]
-        return self.output(mixed.to(dtype), gate, scale, dtype, plus)
+        return self.output(mixed.to(dtype), gate, scale, dtype)
+
+    def for_evaluation(self, scale: torch.Tensor) -> tuple[evaluation.Attention, evaluation.FirstRow]:
+        """The same with its residual, and :meth:`first_row`, see :mod:`deltakern.nn.evaluation`."""
+        weights = self.norm_weights()
+        turn = (self.num_heads, self.head_dim, self.qk_norm or "pre_rope", self.eps)
+        out = evaluation.Projection(fold_scale, *_parameters(self.o_proj), scale)
+        rows = evaluation.Attention(
+            evaluation.Projection(_pack_qkv, *self._projections()),
+            out,
+            evaluation.Turn(weights, *turn),
+            gated=self.gated,
+            backend=self.attention,
+        )
+        v, v_bias = _parameters(self.v_proj)
+        gate = _parameters(self.attn_gate) if self.gated else ()
+        first = evaluation.FirstRow(
+            evaluation.Projection(_join, *_parameters(self.q_proj), *gate),
+            evaluation.Projection(_as_they_are, self.k_proj.weight, None),
+            v.unflatten(0, (self.num_heads, self.head_dim)),
+            v_bias.unflatten(0, (self.num_heads, 1, self.head_dim)),
+            out,
+            weights[0],
+            evaluation.Turn(weights[1:], *turn),
+            gated=self.gated,
+        )
+        return rows, first
 
 
-class Block(nn.Module):
+class Block(PackedModule):
     """Pre-norm block: norm1, attention, layer_scale1, residual; norm2, mlp, layer_scale2, residual.
 
     Args:
@@ -414,7 +450,7 @@ class Block(nn.Module):
             fold_value: with rows="first", see :meth:`SelfAttention.first_row`.
 
         Returns:
-            The stream and the MLP's branch, or their sum where the product adds it.
+            The stream and the MLP's branch, or their sum on the way of :mod:`deltakern.nn.evaluation`.
         """
         norm1, norm2 = self.norm1, self.norm2
         weight = norm1.weight
@@ -422,23 +458,38 @@ class Block(nn.Module):
         (fold1, left1), (fold2, left2) = self._scales(dtype)
         recompute = recomputes(self.recompute, weight.device.type)
         stream, normed = add_and_norm(entry, norm1, dtype)
-        adds = fold1 is not None and evaluates(stream, dtype)
+        if evaluation.straight(normed) and (straight := self._evaluation(normed, stream, rope, num_prefix, fold_value)) is not None:
+            return Residual(straight(normed, stream, rope, num_prefix, rows))
         if rows == "first":
             stream = stream[:, :1]
-            plus = stream if adds else None
-            branch = self.attention.first_row(normed, rope, num_prefix=num_prefix, fold_value=fold_value, scale=fold1, plus=plus)
+            branch = self.attention.first_row(normed, rope, num_prefix=num_prefix, fold_value=fold_value, scale=fold1)
         else:
             skip = 1 if rows == "rest" else 0
             if recompute:
                 normed = norm_again(stream, normed, norm1)
             stream = stream[:, skip:] if skip else stream
-            plus = stream if adds else None
-            branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1, plus=plus, recompute=recompute)
-        if adds:
-            stream, normed = add_and_norm(Residual(branch), norm2, dtype)
-            return Residual(self.mlp(normed, fold2, stream))
+            branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1, recompute=recompute)
         stream, normed = add_and_norm(Residual(stream, branch, left1), norm2, dtype)
         if recompute:
             normed = norm_again(stream, normed, norm2)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
         return Residual(stream, self.mlp(normed, fold2, recompute=recompute), None if left2 is None else left2.clone())
+
+    def _evaluation(
+        self, normed: torch.Tensor, stream: torch.Tensor, rope: Rope, num_prefix: int, fold_value: bool
+    ) -> evaluation.Evaluation | None:
+        """The block as a straight line, where these arguments and its own state allow it; what they do not is for the general way."""
+        attention, mlp = self.attention, self.mlp
+        if self.training or not fold_value or stream.dtype is not torch.float32 or evaluation.hooked(attention, mlp):
+            return None
+        kept = self._packed.get("evaluation")
+        if kept is None or not kept.watch.unchanged():
+            if type(attention) is not SelfAttention or type(mlp) not in (MLP, SwiGLU):
+                return None
+            parameters = list(self.parameters())
+            if any(p.is_inference() or not p.is_cpu or p.dtype != torch.float32 or type(p) is not nn.Parameter for p in parameters):
+                return None
+            rows, first_row = attention.for_evaluation(self.layer_scale1.lambda1)
+            kept = evaluation.Evaluation(self, rows, first_row, mlp.for_evaluation(self.layer_scale2.lambda1), self.norm2)
+            self._packed["evaluation"] = kept
+        return kept if kept.fits(normed, rope, num_prefix) else None

@@ -39,6 +39,35 @@ def _stamp(parameters: Sequence[torch.Tensor | None]) -> tuple[Any, ...] | None:
     return tuple(stamp)
 
 
+class Watch:
+    """Remembers a module's parameters and submodules, and tells whether they are still the same.
+
+    Seen are version counters, storages, and parameters and submodules put in the place of others; not seen are writes through
+    ``parameter.data``.
+
+    Raises:
+        RuntimeError: a parameter is an inference tensor, which counts no versions.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._groups = [group for m in module.modules() for group in (m._parameters, m._modules) if group]
+        self._held = self._every()  # kept, so that no other object gets an address of theirs
+        self._ids = list(map(id, self._held))
+        self._tensors = [x for x in self._held if isinstance(x, torch.Tensor)]
+        self._versions, self._pointers = [t._version for t in self._tensors], [t.data_ptr() for t in self._tensors]
+
+    def _every(self) -> list[Any]:
+        return [x for group in self._groups for x in group.values()]
+
+    def unchanged(self) -> bool:
+        tensors = self._tensors
+        return (
+            list(map(id, self._every())) == self._ids
+            and [t._version for t in tensors] == self._versions
+            and [t.data_ptr() for t in tensors] == self._pointers
+        )
+
+
 class PackedModule(nn.Module):
     """A module that keeps tensors derived from its parameters. They are no part of its state, its copies or its pickles."""
 

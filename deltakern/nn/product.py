@@ -19,19 +19,35 @@ from deltakern.nn.packing import PackedModule
 from deltakern.nn.recompute import Fleeting, linear
 
 WORTHWHILE = 9 << 17
-"""Multiply-adds from which oneDNN's product is faster than MKL's for all its dearer call. Measured on an AMD EPYC, and on no
-processor of Intel's."""
+"""Multiply-adds from which oneDNN's product is faster than MKL's for all its dearer call, where MKL leaves AVX-512 unused: on AMD's
+processors that have it. Measured on one of the Zen 5 family."""
 WORTHWHILE_ACTIVATED = 3 << 17
 """The same where an activation follows, which is then no call of its own."""
+WORTHWHILE_WEIGHT = 1 << 18
+"""Elements of a weight from which it is so on the others: MKL reorders what no cache holds. Measured on a Zen 3, which has AVX2."""
 ROWS_TRAINING = 1024
 """Rows from which reordering pays in training, where the weights are others at every step."""
 
 
 @functools.cache
-def _available() -> bool:
+def _mkl_wants_intel() -> bool:
+    """Whether MKL computes with less than this processor has: it takes AVX-512 on Intel's alone."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("avx512_f")) and "AMD" in str(known.get("cpu_name"))
+
+
+def takes(rows: int, elements: int, activated: bool = False) -> bool:
+    """Whether oneDNN's product of so many rows with a kept weight of so many elements is the faster one."""
+    if _mkl_wants_intel():
+        return rows * elements >= (WORTHWHILE_ACTIVATED if activated else WORTHWHILE)
+    return rows > 0 and elements >= WORTHWHILE_WEIGHT
+
+
+@functools.cache
+def available() -> bool:
     """Whether this torch has oneDNN's product with a reordered weight, which Inductor's frozen graphs call too."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return torch.backends.mkldnn.isavailable() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -43,7 +59,7 @@ def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and backend.preferred() in (None, "reference", "cpp")
-        and _available()
+        and available()
     )
 
 
@@ -66,7 +82,21 @@ def fuses(
             if parameter.is_inference():
                 return False
             packed += parameter.numel()
-    return rows * packed >= (WORTHWHILE if activation == "none" else WORTHWHILE_ACTIVATED)
+    return takes(rows, packed, activation != "none")
+
+
+def reorder(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (E,D) as oneDNN wants it, for :func:`pointwise`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+def pointwise(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str = "none", other: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product with a reordered weight; ``then`` "none", "gelu" (exact), "swish", or with ``other`` (...,E) "add" or "mul"."""
+    if other is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, then)
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, then, [], "none" if then == "gelu" else "")
 
 
 def product(
@@ -78,11 +108,8 @@ def product(
     x: torch.Tensor | Fleeting,
     *,
     activation: str = "none",
-    times: torch.Tensor | None = None,
-    plus: torch.Tensor | None = None,
-    fused: bool | None = None,
 ) -> torch.Tensor:
-    """``activation(x W^T + b)``, or ``(x W^T + b) * times``, or ``x W^T + b + plus``.
+    """``activation(x W^T + b)``.
 
     Args:
         module: keeps what is derived from ``parameters``, under ``name``.
@@ -90,30 +117,19 @@ def product(
         dtype: of the product.
         build: takes the parameters and returns weight (E,D) and bias (E,) or None.
         x: (...,D); one that is made again in the backward is for the product alone.
-        activation: "none", "gelu" (exact) or "silu".
-        times, plus: (...,E) in ``dtype``; at most one of these and of an activation.
-        fused: what :func:`fuses` says of it, where that has been asked.
+        activation: "none" or "gelu" (exact).
 
     Returns:
         (...,E).
     """
     if isinstance(x, Fleeting):
         return linear(x, *module.packed(name, parameters, dtype, build))
-    if fused is None:
-        fused = fuses(module, x, parameters, dtype, activation)
-    if not fused:
+    if not fuses(module, x, parameters, dtype, activation):
         out = F.linear(x, *module.packed(name, parameters, dtype, build))
-        if activation != "none":
-            return ops.gelu(out) if activation == "gelu" else F.silu(out)
-        return out * times if times is not None else out if plus is None else plus + out
+        return ops.gelu(out) if activation == "gelu" else out
 
     def reordered(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = build(*given)
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
+        return reorder(weight), bias
 
-    weight, bias = module.packed(f"{name}, reordered", parameters, dtype, reordered)
-    other = plus if times is None else times
-    if other is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add" if times is None else "mul")
-    attribute = {"none": "none", "gelu": "gelu", "silu": "swish"}[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], "none" if activation == "gelu" else "")
+    return pointwise(x, *module.packed(f"{name}, reordered", parameters, dtype, reordered), activation)
