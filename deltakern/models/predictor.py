@@ -6,22 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deltakern import ops
-from deltakern.nn import MLP, LayerScale, PackedModule, Residual
-from deltakern.nn.block import add_and_norm, fold_scale
+from deltakern.nn import MLP, LayerScale, PackedModule, Residual, evaluation
+from deltakern.nn.block import add_and_norm, as_they_are, fold_scale, join
 from deltakern.nn.packing import compute_dtype
 from deltakern.nn.product import evaluates, product
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Rotate = Callable[[torch.Tensor], torch.Tensor]
 Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _joined(*p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and biases, in turn, as one weight and one bias."""
-    return torch.cat(p[::2]), torch.cat(p[1::2])
 
 
 class CrossAttention(PackedModule):
@@ -49,7 +45,26 @@ class CrossAttention(PackedModule):
         return product(self, "out", parts, dtype, fold_scale, mix(q, *kv).flatten(2))
 
 
-class PredictorBlock(nn.Module):
+class _Evaluation:
+    """A block with keys and values at hand, in float32 on a CPU without gradient, see :mod:`deltakern.nn.evaluation`."""
+
+    def __init__(self, block: PredictorBlock) -> None:
+        attention = block.attention
+        self.heads = attention.num_heads
+        self.q = evaluation.Projection(as_they_are, attention.q_proj.weight, attention.q_proj.bias)
+        scale = block.layer_scale1.lambda1
+        self.out = evaluation.Projection(fold_scale, attention.out_proj.weight, attention.out_proj.bias, scale)
+        self.mlp = block.mlp.for_evaluation(block.layer_scale2.lambda1)
+        self.norm1, self.norm2 = ((norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2))
+
+    def __call__(self, stream: torch.Tensor, kv: KeysValues, mix: Mix) -> torch.Tensor:
+        """(B,Q,D) -> (B,Q,D)."""
+        q = self.q(F.layer_norm(stream, *self.norm1)).unflatten(-1, (self.heads, -1))
+        stream = self.out.plus(mix(q, *kv).flatten(2), stream)
+        return self.mlp(F.layer_norm(stream, *self.norm2), stream)
+
+
+class PredictorBlock(PackedModule):
     """q += ls1 * attention(LN(q), memory); q += ls2 * MLP(LN(q))."""
 
     def __init__(self, width: int, memory_width: int, heads: int, mlp_ratio: int, layer_scale_init: float) -> None:
@@ -70,6 +85,10 @@ class PredictorBlock(nn.Module):
             rotate: applies the keys' RoPE; not read when ``memory`` is keys and values.
             mix: the attention of rotated or unrotated queries, as the caller defines it.
         """
+        if entry.branch is None and not isinstance(memory, torch.Tensor) and evaluation.straight(entry.stream):
+            straight = evaluation.of(self, self._evaluation, self.attention, self.mlp)
+            if straight is not None:
+                return Residual(straight(entry.stream, memory, mix))
         fold = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
         scale1, scale2 = self.layer_scale1.lambda1, self.layer_scale2.lambda1
         dtype = compute_dtype(self.norm1.weight.device.type, self.norm1.weight.dtype)
@@ -79,6 +98,10 @@ class PredictorBlock(nn.Module):
         stream, normed = add_and_norm(Residual(stream, branch, None if fold else scale1), self.norm2, dtype)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
         return Residual(stream, self.mlp(normed, scale2 if fold else None), None if fold else scale2.clone())
+
+    def _evaluation(self) -> _Evaluation | None:
+        """The block as a straight line, or None where parts of it are others than this module's."""
+        return _Evaluation(self) if type(self.attention) is CrossAttention and type(self.mlp) is MLP else None
 
 
 class Predictor(PackedModule):
@@ -140,7 +163,7 @@ class Predictor(PackedModule):
         :class:`deltakern.nn.PackedModule` says.
         """
         dtype = compute_dtype(memory.device.type, self.blocks[0].attention.kv_proj.weight.dtype)
-        together = product(self, "kv", self._every_kv(), dtype, _joined, memory.to(dtype))
+        together = product(self, "kv", self._every_kv(), dtype, join, memory.to(dtype))
         return together.unflatten(-1, (len(self.blocks), 2, self.blocks[0].attention.num_heads, -1)).permute(3, 2, 0, 1, 4, 5)
 
     def stacked(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -162,7 +185,7 @@ class Predictor(PackedModule):
         return (
             *self.packed("norms", norms, norms[0].dtype, lambda *p: (torch.stack(p).unflatten(0, (-1, 2)),)),
             *stack("q", [block.attention.q_proj for block in blocks]),
-            *(t.unflatten(0, (len(blocks), -1)) for t in self.packed("kv", self._every_kv(), dtype, _joined)),
+            *(t.unflatten(0, (len(blocks), -1)) for t in self.packed("kv", self._every_kv(), dtype, join)),
             *stack("out", [block.attention.out_proj for block in blocks], [block.layer_scale1 for block in blocks]),
             *stack("up", [block.mlp.up_proj for block in blocks]),
             *stack("down", [block.mlp.down_proj for block in blocks], [block.layer_scale2 for block in blocks]),

@@ -110,7 +110,7 @@ def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return linear.weight, linear.bias
 
 
-def _as_they_are(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def as_they_are(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, bias
 
 
@@ -133,14 +133,14 @@ class MLP(PackedModule):
         the backward."""
         weight, bias = _parameters(self.up_proj)
         dtype = compute_dtype(weight.device.type, weight.dtype)
-        up = functools.partial(product, self, "up", (weight, bias), dtype, _as_they_are, normed)
+        up = functools.partial(product, self, "up", (weight, bias), dtype, as_they_are, normed)
         hidden = apply(ops.gelu, up(), recompute=True) if recompute else up(activation="gelu")
         return _down(self, hidden, scale, dtype)
 
     def for_evaluation(self, scale: torch.Tensor) -> evaluation.GELU:
         """The same with its residual, see :mod:`deltakern.nn.evaluation`."""
         return evaluation.GELU(
-            evaluation.Projection(_as_they_are, *_parameters(self.up_proj)),
+            evaluation.Projection(as_they_are, *_parameters(self.up_proj)),
             evaluation.Projection(fold_scale, *_parameters(self.down_proj), scale),
         )
 
@@ -165,21 +165,21 @@ class SwiGLU(PackedModule):
         the backward."""
         gate, up = _parameters(self.gate_proj), _parameters(self.up_proj)
         dtype = compute_dtype(up[0].device.type, up[0].dtype)
-        hidden = apply(ops.swiglu, product(self, "gate_up", (*gate, *up), dtype, _join, normed), recompute=recompute)
+        hidden = apply(ops.swiglu, product(self, "gate_up", (*gate, *up), dtype, join, normed), recompute=recompute)
         return _down(self, hidden, scale, dtype)
 
     def for_evaluation(self, scale: torch.Tensor) -> evaluation.SwiGLU:
         """The same with its residual, see :mod:`deltakern.nn.evaluation`."""
         gate, up = _parameters(self.gate_proj), _parameters(self.up_proj)
         return evaluation.SwiGLU(
-            evaluation.Projection(_as_they_are, *gate),
-            evaluation.Projection(_as_they_are, *up),
-            evaluation.Projection(_join, *gate, *up),
+            evaluation.Projection(as_they_are, *gate),
+            evaluation.Projection(as_they_are, *up),
+            evaluation.Projection(join, *gate, *up),
             evaluation.Projection(fold_scale, *_parameters(self.down_proj), scale),
         )
 
 
-def _join(*p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def join(*p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and biases, in turn, as one weight and one bias."""
     return torch.cat(p[::2]), torch.cat(p[1::2])
 
@@ -370,8 +370,8 @@ class SelfAttention(PackedModule):
         v, v_bias = _parameters(self.v_proj)
         gate = _parameters(self.attn_gate) if self.gated else ()
         first = evaluation.FirstRow(
-            evaluation.Projection(_join, *_parameters(self.q_proj), *gate),
-            evaluation.Projection(_as_they_are, self.k_proj.weight, None),
+            evaluation.Projection(join, *_parameters(self.q_proj), *gate),
+            evaluation.Projection(as_they_are, self.k_proj.weight, None),
             v.unflatten(0, (self.num_heads, self.head_dim)),
             v_bias.unflatten(0, (self.num_heads, 1, self.head_dim)),
             out,
@@ -458,8 +458,10 @@ class Block(PackedModule):
         (fold1, left1), (fold2, left2) = self._scales(dtype)
         recompute = recomputes(self.recompute, weight.device.type)
         stream, normed = add_and_norm(entry, norm1, dtype)
-        if evaluation.straight(normed) and (straight := self._evaluation(normed, stream, rope, num_prefix, fold_value)) is not None:
-            return Residual(straight(normed, stream, rope, num_prefix, rows))
+        if fold_value and stream.dtype is torch.float32 and evaluation.straight(normed):
+            straight = evaluation.of(self, self._evaluation, self.attention, self.mlp)
+            if straight is not None and straight.fits(normed, rope, num_prefix):
+                return Residual(straight(normed, stream, rope, num_prefix, rows))
         if rows == "first":
             stream = stream[:, :1]
             branch = self.attention.first_row(normed, rope, num_prefix=num_prefix, fold_value=fold_value, scale=fold1)
@@ -475,21 +477,9 @@ class Block(PackedModule):
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
         return Residual(stream, self.mlp(normed, fold2, recompute=recompute), None if left2 is None else left2.clone())
 
-    def _evaluation(
-        self, normed: torch.Tensor, stream: torch.Tensor, rope: Rope, num_prefix: int, fold_value: bool
-    ) -> evaluation.Evaluation | None:
-        """The block as a straight line, where these arguments and its own state allow it; what they do not is for the general way."""
-        attention, mlp = self.attention, self.mlp
-        if self.training or not fold_value or stream.dtype is not torch.float32 or evaluation.hooked(attention, mlp):
+    def _evaluation(self) -> evaluation.Evaluation | None:
+        """The block as a straight line, or None where parts of it are others than this module's."""
+        if type(self.attention) is not SelfAttention or type(self.mlp) not in (MLP, SwiGLU):
             return None
-        kept = self._packed.get("evaluation")
-        if kept is None or not kept.watch.unchanged():
-            if type(attention) is not SelfAttention or type(mlp) not in (MLP, SwiGLU):
-                return None
-            parameters = list(self.parameters())
-            if any(p.is_inference() or not p.is_cpu or p.dtype != torch.float32 or type(p) is not nn.Parameter for p in parameters):
-                return None
-            rows, first_row = attention.for_evaluation(self.layer_scale1.lambda1)
-            kept = evaluation.Evaluation(self, rows, first_row, mlp.for_evaluation(self.layer_scale2.lambda1), self.norm2)
-            self._packed["evaluation"] = kept
-        return kept if kept.fits(normed, rope, num_prefix) else None
+        rows, first_row = self.attention.for_evaluation(self.layer_scale1.lambda1)
+        return evaluation.Evaluation(rows, first_row, self.mlp.for_evaluation(self.layer_scale2.lambda1), self.norm2)

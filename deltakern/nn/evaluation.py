@@ -9,7 +9,7 @@ RoPE take q and k together, as they lie in the packed projection: by the extensi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,13 @@ from torch.nn.modules import module as modules
 
 from deltakern import backend, ops
 from deltakern.nn.attend import attend
-from deltakern.nn.packing import Watch
+from deltakern.nn.packing import PackedModule, Watch
 from deltakern.nn.product import available, pointwise, reorder, takes
 from deltakern.ops import _extension
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor | None]
+Made = TypeVar("Made")
 
 
 def straight(x: torch.Tensor) -> bool:
@@ -42,9 +43,24 @@ def straight(x: torch.Tensor) -> bool:
     )
 
 
-def hooked(*given: nn.Module) -> bool:
-    """Whether somebody wants to see what goes into these modules or comes out of them."""
-    return modules._has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in given)
+def of(module: PackedModule, make: Callable[[], Made | None], *parts: nn.Module) -> Made | None:
+    """What ``make`` derives of a module's parameters, kept until one of them changes, or None where the general way must be taken: in
+    training, for parameters that are no ordinary ones in float32 on a CPU, and where somebody wants to see what goes into one of
+    ``parts``, which are not called, or comes out of it."""
+    if module.training or modules._has_any_global_hook():
+        return None
+    for part in parts:
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+            return None
+    kept = module._packed.get("evaluation")
+    if kept is not None and kept[0].unchanged():
+        return kept[1]
+    if any(type(p) is not nn.Parameter or not p.is_cpu or p.dtype != torch.float32 or p.is_inference() for p in module.parameters()):
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        kept = Watch(module), make()
+    module._packed["evaluation"] = kept
+    return kept[1]
 
 
 class Projection:
@@ -200,7 +216,9 @@ class Turn:
         if self._tables and self._tables[0][0] is rope[0] and self._tables[0][1] is rope[1] and self._tables[0][2:] == stamp[2:]:
             return self._tables[1]
         half, count = self.head // 2, len(self.weights)
-        cos, sin = (F.pad(t.repeat((length - num_prefix) // len(t), 1), (0, 0, num_prefix, 0), value=one) for t, one in zip(rope, (1.0, 0.0)))
+        cos, sin = (
+            F.pad(t.repeat((length - num_prefix) // len(t), 1), (0, 0, num_prefix, 0), value=one) for t, one in zip(rope, (1.0, 0.0))
+        )
         sin = torch.cat((-sin[:, :half], sin[:, half:]), 1)
         if weighted:
             weights = torch.stack(self.weights)
@@ -278,13 +296,11 @@ class Evaluation:
     """A block from its first LayerNorm's output on.
 
     Args:
-        watched: the block.
         attention, first_row, mlp: its parts, as above.
         norm2: its second LayerNorm.
     """
 
-    def __init__(self, watched: nn.Module, attention: Attention, first_row: FirstRow, mlp: GELU | SwiGLU, norm2: nn.LayerNorm) -> None:
-        self.watch = Watch(watched)
+    def __init__(self, attention: Attention, first_row: FirstRow, mlp: GELU | SwiGLU, norm2: nn.LayerNorm) -> None:
         self.attention, self.first_row, self.mlp = attention, first_row, mlp
         self.norm2 = norm2.normalized_shape, norm2.weight, norm2.bias, norm2.eps
         self._native: dict[str | None, bool] = {}

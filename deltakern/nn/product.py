@@ -47,7 +47,7 @@ def takes(rows: int, elements: int, activated: bool = False) -> bool:
 def available() -> bool:
     """Whether this torch has oneDNN's product with a reordered weight, which Inductor's frozen graphs call too."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.isavailable() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
