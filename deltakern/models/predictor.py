@@ -55,7 +55,7 @@ class _Evaluation:
         scale = block.layer_scale1.lambda1
         self.out = evaluation.Projection(fold_scale, attention.out_proj.weight, attention.out_proj.bias, scale)
         self.mlp = block.mlp.for_evaluation(block.layer_scale2.lambda1)
-        self.norm1, self.norm2 = ((norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2))
+        self.norm1, self.norm2 = evaluation.of_norm(block.norm1), evaluation.of_norm(block.norm2)
 
     def __call__(self, stream: torch.Tensor, kv: KeysValues, mix: Mix) -> torch.Tensor:
         """(B,Q,D) -> (B,Q,D)."""

@@ -452,16 +452,14 @@ class Block(PackedModule):
         Returns:
             The stream and the MLP's branch, or their sum on the way of :mod:`deltakern.nn.evaluation`.
         """
+        if fold_value and (out := self._evaluated(entry, rope, num_prefix, rows)) is not None:
+            return Residual(out)
         norm1, norm2 = self.norm1, self.norm2
         weight = norm1.weight
         dtype = compute_dtype(weight.device.type, weight.dtype)
         (fold1, left1), (fold2, left2) = self._scales(dtype)
         recompute = recomputes(self.recompute, weight.device.type)
         stream, normed = add_and_norm(entry, norm1, dtype)
-        if fold_value and stream.dtype is torch.float32 and evaluation.straight(normed):
-            straight = evaluation.of(self, self._evaluation, self.attention, self.mlp)
-            if straight is not None and straight.fits(normed, rope, num_prefix):
-                return Residual(straight(normed, stream, rope, num_prefix, rows))
         if rows == "first":
             stream = stream[:, :1]
             branch = self.attention.first_row(normed, rope, num_prefix=num_prefix, fold_value=fold_value, scale=fold1)
@@ -477,9 +475,31 @@ class Block(PackedModule):
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
         return Residual(stream, self.mlp(normed, fold2, recompute=recompute), None if left2 is None else left2.clone())
 
+    def _evaluated(self, entry: Residual | Assembly, rope: Rope, num_prefix: int, rows: str) -> torch.Tensor | None:
+        """The block as a straight line, see :mod:`deltakern.nn.evaluation`; None where that is not for this block or these arguments."""
+        if isinstance(entry, Residual):
+            x = entry.stream
+            if not evaluation.straight(x) or x.ndim != 3:
+                return None
+            length = x.shape[1]
+        else:
+            x = entry.curr if entry.prev is None else entry.prev
+            if not evaluation.straight(x) or x.ndim != 3 or entry.stream_dtype not in (None, torch.float32):
+                return None
+            length = 1 + x.shape[1] * (2 if entry.mode == "pair" else 1)
+            if any(t is not None and t.dtype != torch.float32 for t in (entry.curr, entry.token, entry.role)):
+                return None
+        line = evaluation.of(self, self._evaluation, self.attention, self.mlp)
+        if line is None or not line.fits(length, x.shape[2], rope, num_prefix):
+            return None
+        if isinstance(entry, Assembly):
+            return line(*add_and_norm(entry, self.norm1, torch.float32), rope, num_prefix, rows)
+        stream = x if entry.branch is None else entry.add()
+        return line(stream, F.layer_norm(stream, *line.norm1), rope, num_prefix, rows)
+
     def _evaluation(self) -> evaluation.Evaluation | None:
-        """The block as a straight line, or None where parts of it are others than this module's."""
+        """None where parts of it are others than this module's."""
         if type(self.attention) is not SelfAttention or type(self.mlp) not in (MLP, SwiGLU):
             return None
         rows, first_row = self.attention.for_evaluation(self.layer_scale1.lambda1)
-        return evaluation.Evaluation(rows, first_row, self.mlp.for_evaluation(self.layer_scale2.lambda1), self.norm2)
+        return evaluation.Evaluation(self.norm1, rows, first_row, self.norm2, self.mlp.for_evaluation(self.layer_scale2.lambda1))

@@ -63,6 +63,11 @@ def of(module: PackedModule, make: Callable[[], Made | None], *parts: nn.Module)
     return kept[1]
 
 
+def of_norm(norm: nn.LayerNorm) -> tuple[Any, ...]:
+    """What ``F.layer_norm`` takes behind its input."""
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
+
+
 class Projection:
     """``x W^T + b`` of x (...,D), with the weight (E,D) and bias (E,) or None that ``build(*parameters)`` makes.
 
@@ -216,9 +221,8 @@ class Turn:
         if self._tables and self._tables[0][0] is rope[0] and self._tables[0][1] is rope[1] and self._tables[0][2:] == stamp[2:]:
             return self._tables[1]
         half, count = self.head // 2, len(self.weights)
-        cos, sin = (
-            F.pad(t.repeat((length - num_prefix) // len(t), 1), (0, 0, num_prefix, 0), value=one) for t, one in zip(rope, (1.0, 0.0))
-        )
+        cos, sin = (t.repeat((length - num_prefix) // len(t), 1) for t in rope)
+        cos, sin = F.pad(cos, (0, 0, num_prefix, 0), value=1.0), F.pad(sin, (0, 0, num_prefix, 0))
         sin = torch.cat((-sin[:, :half], sin[:, half:]), 1)
         if weighted:
             weights = torch.stack(self.weights)
@@ -293,16 +297,15 @@ class FirstRow:
 
 
 class Evaluation:
-    """A block from its first LayerNorm's output on.
+    """A block, given the first LayerNorm's output.
 
     Args:
-        attention, first_row, mlp: its parts, as above.
-        norm2: its second LayerNorm.
+        norm1, attention, first_row, norm2, mlp: its parts, as above.
     """
 
-    def __init__(self, attention: Attention, first_row: FirstRow, mlp: GELU | SwiGLU, norm2: nn.LayerNorm) -> None:
+    def __init__(self, norm1: nn.LayerNorm, attention: Attention, first_row: FirstRow, norm2: nn.LayerNorm, mlp: GELU | SwiGLU) -> None:
         self.attention, self.first_row, self.mlp = attention, first_row, mlp
-        self.norm2 = norm2.normalized_shape, norm2.weight, norm2.bias, norm2.eps
+        self.norm1, self.norm2 = of_norm(norm1), of_norm(norm2)
         self._native: dict[str | None, bool] = {}
 
     def native(self) -> bool:
@@ -315,13 +318,13 @@ class Evaluation:
                 self._native[want] = found
         return found
 
-    def fits(self, normed: torch.Tensor, rope: Rope, num_prefix: int) -> bool:
+    def fits(self, length: int, width: int, rope: Rope, num_prefix: int) -> bool:
         """Whether tokens (B,L,D) and tables are what the block takes."""
         turn = self.attention.turn
-        return normed.ndim == 3 and normed.shape[2] == turn.heads * turn.head and turn.fits(normed.shape[1], rope, num_prefix)
+        return length > 0 and width == turn.heads * turn.head and turn.fits(length, rope, num_prefix)
 
-    def __call__(self, normed: torch.Tensor, stream: torch.Tensor, rope: Rope, num_prefix: int, rows: str) -> torch.Tensor:
-        """The block's output for the rows of the stream that go on."""
+    def __call__(self, stream: torch.Tensor, normed: torch.Tensor, rope: Rope, num_prefix: int, rows: str) -> torch.Tensor:
+        """The block's output for the rows of the stream (B,L,D) that go on."""
         if rows == "first":
             stream = self.first_row(normed, stream[:, :1], rope, num_prefix, self.native())
         else:

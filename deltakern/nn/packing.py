@@ -40,17 +40,16 @@ def _stamp(parameters: Sequence[torch.Tensor | None]) -> tuple[Any, ...] | None:
 
 
 class Watch:
-    """Remembers a module's parameters and submodules, and tells whether they are still the same.
+    """Remembers a module's parameters, buffers and submodules, and tells whether they are still the same.
 
-    Seen are version counters, storages, and parameters and submodules put in the place of others; not seen are writes through
-    ``parameter.data``.
+    Seen are version counters, storages, and others put in the place of these; not seen are writes through ``parameter.data``.
 
     Raises:
-        RuntimeError: a parameter is an inference tensor, which counts no versions.
+        RuntimeError: one of them is an inference tensor, which counts no versions.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._groups = [group for m in module.modules() for group in (m._parameters, m._modules) if group]
+        self._groups = [group for m in module.modules() for group in (m._parameters, m._modules, m._buffers) if group]
         self._held = self._every()  # kept, so that no other object gets an address of theirs
         self._ids = list(map(id, self._held))
         self._tensors = [x for x in self._held if isinstance(x, torch.Tensor)]
