@@ -16,15 +16,15 @@ from deltakern.nn.recompute import sources
 from deltakern.ops._once import once_differentiable
 
 BACKENDS = ("auto", "flash-attn", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math")
+# What PyTorch's SDPA may choose from. cuDNN's attention backward has returned NaN on Hopper at head size 64 (pytorch issue 196678) and
+# its single-query forward is suspect too (cudnn-frontend issue 1072), so "auto" leaves cuDNN out on GPUs; it can be named.
 _SDPA = {
+    "auto": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "sdpa-flash": [SDPBackend.FLASH_ATTENTION],
     "sdpa-efficient": [SDPBackend.EFFICIENT_ATTENTION],
     "sdpa-cudnn": [SDPBackend.CUDNN_ATTENTION],
     "sdpa-math": [SDPBackend.MATH],
 }
-# cuDNN's attention backward has returned NaN on Hopper at head size 64 (pytorch issue 196678) and its single-query forward
-# is suspect too (cudnn-frontend issue 1072), so "auto" leaves cuDNN out on GPUs; it can be named.
-_SAFE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @functools.cache
@@ -51,13 +51,6 @@ def _use_flash_attn(name: str, device: str, dtype: torch.dtype) -> bool:
     return name == "auto" and device == "cuda" and dtype in (torch.bfloat16, torch.float16) and _flash_attn()[0] is not None
 
 
-def _kernels(name: str, device_type: str) -> contextlib.AbstractContextManager[None]:
-    """What PyTorch's SDPA may choose from."""
-    if name == "sdpa" or (name == "auto" and device_type != "cuda"):
-        return contextlib.nullcontext()
-    return sdpa_kernel(_SAFE if name == "auto" else _SDPA[name])
-
-
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -82,7 +75,8 @@ def attend(
     if _use_flash_attn(backend, q.device.type, q.dtype):
         return _flash_attn()[0](q, k, v, softmax_scale=scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    with _kernels(backend, q.device.type):
+    allowed = None if backend == "sdpa" or (backend == "auto" and q.device.type != "cuda") else _SDPA[backend]
+    with contextlib.nullcontext() if allowed is None else sdpa_kernel(allowed):
         if again is not None and _takes_flash(q, k, v, scale):
             out = FlashAgain.apply(q, k, v, scale, again[0], *sources(again[1]))
         else:

@@ -501,5 +501,7 @@ class Block(PackedModule):
         """None where parts of it are others than this module's."""
         if type(self.attention) is not SelfAttention or type(self.mlp) not in (MLP, SwiGLU):
             return None
+        if any(w is not None and w.shape != (self.attention.head_dim,) for w in self.attention.norm_weights()):
+            return None  # the ops say what is wrong
         rows, first_row = self.attention.for_evaluation(self.layer_scale1.lambda1)
         return evaluation.Evaluation(self.norm1, rows, first_row, self.norm2, self.mlp.for_evaluation(self.layer_scale2.lambda1))

@@ -153,9 +153,11 @@ class Turn:
     """
 
     def __init__(self, weights: Sequence[torch.Tensor | None], heads: int, head: int, order: str, eps: float) -> None:
-        self.weights, self.heads, self.head, self.order, self.eps = tuple(weights), heads, head, order, eps
-        self.normed = weights[0] is not None
-        self._tables: tuple[Any, ...] = ()
+        self.weights = tuple(None if w is None else w.contiguous() for w in weights)
+        self.heads, self.head, self.order, self.eps = heads, head, order, eps
+        # (count,1,2,d/2), or None without a norm
+        self.weight = None if weights[0] is None else torch.stack(self.weights).unflatten(-1, (1, 2, -1))
+        self._tables: tuple[tuple[int, ...], Rope, Rope] | None = None  # by what, the tables, and what must not be freed meanwhile
 
     def fits(self, length: int, rope: Rope, num_prefix: int) -> bool:
         """Whether the tables are float32 on the CPU and turn so many tokens."""
@@ -201,37 +203,32 @@ class Turn:
 
     def _plain(self, rows: torch.Tensor, rope: Rope, num_prefix: int) -> torch.Tensor:
         count, head = len(self.weights), self.head
-        half, length = head // 2, rows.shape[1]
-        x = rows[..., : count * self.heads * head].unflatten(-1, (count, self.heads, head))
-        before = self.normed and self.order == "pre_rope"
+        halves = (2, head // 2)
+        x = rows[..., : count * self.heads * head].unflatten(-1, (count, self.heads, *halves))
+        before = self.weight is not None and self.order == "pre_rope"
         if before:
-            x = F.layer_norm(x, (head,), None, None, self.eps)
-        cosines, sines = self._folded(rope, length, num_prefix, before)
-        out = x * cosines
-        out[..., :half].addcmul_(x[..., half:], sines[..., :half])
-        out[..., half:].addcmul_(x[..., :half], sines[..., half:])
-        if self.normed and not before:
-            out = F.layer_norm(out, (head,), None, None, self.eps).mul_(torch.stack(self.weights)[:, None])
-        return out.movedim(2, 0)
+            x = F.layer_norm(x, halves, None, None, self.eps)
+        cosines, sines = self._folded(rope, rows.shape[1], num_prefix, before)
+        out = torch.addcmul(x * cosines, x.flip(-2), sines)
+        if self.weight is not None and not before:
+            out = F.layer_norm(out, halves, None, None, self.eps).mul_(self.weight)
+        return out.flatten(-2).movedim(2, 0)
 
     def _folded(self, rope: Rope, length: int, num_prefix: int, weighted: bool) -> Rope:
-        """What a row's channels and their partners are multiplied by, (L,count,1,d) each: with the norm's weights in them, ones and zeros
-        for tokens that do not rotate, and the sign of the first half's sines."""
-        stamp = (*rope, length, num_prefix, *(-1 if t.is_inference() else t._version for t in rope))
-        if self._tables and self._tables[0][0] is rope[0] and self._tables[0][1] is rope[1] and self._tables[0][2:] == stamp[2:]:
+        """What a row's channels and their partners are multiplied by, (L,count,1,2,d/2) each: with the norm's weights in them, ones and
+        zeros for tokens that do not rotate, and the sign of the first half's sines."""
+        counted = not any(t.is_inference() for t in rope)  # such a tensor counts no versions: nothing to keep by
+        key = (*map(id, rope), length, num_prefix, *(t._version for t in rope)) if counted else None
+        if counted and self._tables is not None and self._tables[0] == key:
             return self._tables[1]
-        half, count = self.head // 2, len(self.weights)
-        cos, sin = (t.repeat((length - num_prefix) // len(t), 1) for t in rope)
-        cos, sin = F.pad(cos, (0, 0, num_prefix, 0), value=1.0), F.pad(sin, (0, 0, num_prefix, 0))
-        sin = torch.cat((-sin[:, :half], sin[:, half:]), 1)
-        if weighted:
-            weights = torch.stack(self.weights)
-            made = cos[:, None] * weights, sin[:, None] * weights.roll(half, 1)
-        else:
-            made = tuple(t[:, None].expand(-1, count, -1) for t in (cos, sin))
-        made = tuple(t[:, :, None] for t in made)
-        if not any(t.is_inference() for t in rope):  # such a tensor counts no versions
-            self._tables = (stamp, made)
+        with torch.inference_mode(False), torch.no_grad():
+            cos, sin = (t.repeat((length - num_prefix) // len(t), 1) for t in rope)
+            cos, sin = F.pad(cos, (0, 0, num_prefix, 0), value=1.0), F.pad(sin, (0, 0, num_prefix, 0))
+            cos, sin = (t.unflatten(1, (1, 1, 2, -1)) for t in (cos, sin))
+            sin = torch.cat((-sin[..., :1, :], sin[..., 1:, :]), -2)
+            made = (cos * self.weight, sin * self.weight.flip(-2)) if weighted else (cos, sin)
+        if counted:
+            self._tables = (key, made, rope)
         return made
 
 
