@@ -42,7 +42,11 @@ MOST_TOKENS = 32
 def temporal_angles(time: torch.Tensor, rope_size: int) -> torch.Tensor:
     """Angles of the temporal RoPE, (..., rope_size/2), for times in seconds (...). At least float32."""
     wide = torch.promote_types(time.dtype, torch.float32)
-    return (2 * math.pi) * time.to(wide)[..., None] * _revolutions(rope_size // 2, time.device, wide)
+    if time.is_cpu and wide == torch.float32 and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+        rates = _single_revolutions(rope_size // 2)
+    else:
+        rates = _revolutions(rope_size // 2, time.device, wide)
+    return (2 * math.pi) * time.to(wide)[..., None] * rates
 
 
 def _revolutions(half: int, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
@@ -52,7 +56,8 @@ def _revolutions(half: int, device: torch.device | str, dtype: torch.dtype) -> t
 
 @functools.cache
 def _single_revolutions(half: int) -> torch.Tensor:
-    return _revolutions(half, "cpu", torch.float32)
+    with torch.inference_mode(False):
+        return _revolutions(half, "cpu", torch.float32)
 
 
 def temporal_rope(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
