@@ -131,7 +131,7 @@ def test_assembled(mode: str, taken: list[str]):
     assert_as_accurate(made, plain, truth)
 
 
-@pytest.mark.filterwarnings("ignore:.*the PyTorch reference runs", "ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:.*the PyTorch reference runs", "ignore:There is a performance drop", "ignore:.*trace")
 def test_when_it_is_taken(taken: list[str]):
     block, rope, stream = _block(), _rope(), _tokens(1 + PATCHES)
 
@@ -181,6 +181,11 @@ def test_when_it_is_taken(taken: list[str]):
         with backend.use_impl("reference"):
             torch.testing.assert_close(whole(stream[None])[0], block(Residual(stream), rope, num_prefix=1).add(), rtol=1e-5, atol=1e-5)
         assert len(taken) == 1  # not under vmap
+        frozen = copy.deepcopy(block).requires_grad_(False)
+        traced = torch.jit.trace(lambda s: frozen(Residual(s), rope, num_prefix=1).add(), (stream,), check_trace=False)
+        assert len(taken) == 1
+        other = _tokens(1 + PATCHES, seed=2)
+        torch.testing.assert_close(traced(other), block(Residual(other), rope, num_prefix=1).stream, rtol=1e-5, atol=1e-5)
     assert takes(copy.deepcopy(block).requires_grad_(False)) is False  # gradients may still flow to the stream
 
 

@@ -39,6 +39,7 @@ def straight(x: torch.Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()  # a mode, such as one that counts FLOPs, is to see the ops
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._get_tracing_state()
         and backend.preferred() in (None, "reference", "cpp")
     )
 
