@@ -32,13 +32,6 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "takes", lambda *_: True)
 
 
-@pytest.fixture(params=[True, False], ids=["AVX-512 of AMD's", "others"])
-def amd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether MKL leaves AVX-512 unused."""
-    monkeypatch.setattr(products, "_mkl_wants_intel", lambda: request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("rows", [1, 2, 33, 130])
 @pytest.mark.parametrize("then", ["none", "gelu", "swish", "add", "mul", "no bias"])
 def test_values(rows: int, then: str):
@@ -87,12 +80,16 @@ def test_elsewhere_it_is_torch_with_gradients(activation: str):
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (x, weight, bias)])
 
 
-def test_which_library_is_the_faster_one(amd: bool):
-    """Where MKL leaves AVX-512 unused, from a number of multiply-adds on; elsewhere, where the weight is in no cache."""
+@pytest.mark.parametrize(("avx512", "amd"), [(True, True), (True, False), (False, True), (False, False)])
+def test_which_library_is_the_faster_one(avx512: bool, amd: bool, monkeypatch: pytest.MonkeyPatch):
+    """Where MKL leaves AVX-512 unused, from a number of multiply-adds on; elsewhere, where the weight is in no cache. Activations with it
+    where there is AVX-512."""
+    monkeypatch.setattr(products, "processor", lambda: products.Processor(avx512, amd))
     assert products.takes(257, 768 * 768)
     assert products.takes(1, 3072 * 768)
-    assert products.takes(257, 128 * 128) is amd
-    assert products.takes(40, 128 * 128, True) is amd
+    assert products.takes(1, 3072 * 768, True) is avx512
+    assert products.takes(257, 128 * 128) is (avx512 and amd)
+    assert products.takes(40, 128 * 128, True) is (avx512 and amd)
     assert not products.takes(40, 128 * 128)
     assert not products.takes(0, 3072 * 768)
 
@@ -100,20 +97,15 @@ def test_which_library_is_the_faster_one(amd: bool):
 def test_processors(monkeypatch: pytest.MonkeyPatch):
     found = {}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    for name, avx512, answer in (
-        ("AMD EPYC", True, True),
-        ("AMD EPYC", False, False),
-        ("Intel(R) Xeon(R)", True, False),
-        (None, True, False),
-    ):
+    for name, avx512, amd in (("AMD EPYC", True, True), ("AMD EPYC", False, True), ("Intel(R) Xeon(R)", True, False), (None, True, False)):
         found.update(cpu_name=name, avx512_f=avx512)
-        assert products._mkl_wants_intel.__wrapped__() is answer
+        assert products.processor.__wrapped__() == (avx512, amd)
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
-    assert products._mkl_wants_intel.__wrapped__() is False
+    assert products.processor.__wrapped__() == (False, False)
 
 
 def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(products, "_mkl_wants_intel", lambda: True)
+    monkeypatch.setattr(products, "processor", lambda: products.Processor(avx512=True, amd=True))
     module, weight = PackedModule().eval(), torch.randn(1024, 64)
     many, few = torch.randn(2048, 64), torch.randn(8, 64)
     assert not products.fuses(module, many, (weight,), torch.float32)  # gradients are on

@@ -124,7 +124,7 @@ class GELU:
 
     def __call__(self, normed: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         kept = self.up.onednn(normed, activated=True)
-        hidden = F.gelu(F.linear(normed, *self.up.plain())) if kept is None else pointwise(normed, *kept, "gelu")
+        hidden = F.gelu(self.up(normed)) if kept is None else pointwise(normed, *kept, "gelu")
         return self.down.plus(hidden, stream)
 
 
@@ -135,7 +135,7 @@ class SwiGLU:
         self.gate, self.up, self.both, self.down = gate, up, both, down
 
     def __call__(self, normed: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-        kept = self.gate.onednn(normed)
+        kept = self.gate.onednn(normed, activated=True)
         if kept is None:
             gate, up = self.both(normed).chunk(2, -1)
             hidden = F.silu(gate).mul_(up)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +30,28 @@ ROWS_TRAINING = 1024
 """Rows from which reordering pays in training, where the weights are others at every step."""
 
 
+class Processor(NamedTuple):
+    """What the choice of a library depends on."""
+
+    avx512: bool
+    amd: bool
+
+
 @functools.cache
-def _mkl_wants_intel() -> bool:
-    """Whether MKL computes with less than this processor has: it takes AVX-512 on Intel's alone."""
+def processor() -> Processor:
+    """This machine's; without both where this torch does not say."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(known.get("avx512_f")) and "AMD" in str(known.get("cpu_name"))
+    return Processor(bool(known.get("avx512_f")), "AMD" in str(known.get("cpu_name")))
 
 
 def takes(rows: int, elements: int, activated: bool = False) -> bool:
-    """Whether oneDNN's product of so many rows with a kept weight of so many elements is the faster one."""
-    if _mkl_wants_intel():
+    """Whether oneDNN's product of so many rows with a kept weight of so many elements is the faster one; ``activated``: with an
+    activation in it, which with AVX2 takes longer than one of PyTorch's behind it."""
+    avx512, amd = processor()
+    if avx512 and amd:
         return rows * elements >= (WORTHWHILE_ACTIVATED if activated else WORTHWHILE)
+    if activated and not avx512:
+        return False
     return rows > 0 and elements >= WORTHWHILE_WEIGHT
 
 
@@ -125,8 +137,9 @@ def product(
     if isinstance(x, Fleeting):
         return linear(x, *module.packed(name, parameters, dtype, build))
     if not fuses(module, x, parameters, dtype, activation):
-        out = F.linear(x, *module.packed(name, parameters, dtype, build))
-        return ops.gelu(out) if activation == "gelu" else out
+        if activation == "gelu":
+            return ops.gelu(product(module, name, parameters, dtype, build, x))
+        return F.linear(x, *module.packed(name, parameters, dtype, build))
 
     def reordered(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = build(*given)
