@@ -43,7 +43,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Whose products: all of one library's, whatever their sizes."""
     if request.param != "MKL" and not products.available():
         pytest.skip("this torch has no oneDNN")
-    answers = {"MKL": lambda *_: False, "oneDNN": lambda *_: True, "oneDNN, activations apart": lambda *given: given[2:] != (True,)}
+    answers = {"MKL": lambda *_: False, "oneDNN": lambda *_: True, "oneDNN, activations apart": lambda *given: given[3:] != (True,)}
     for module in (products, evaluation):
         monkeypatch.setattr(module, "takes", answers[request.param])
     return request.param

@@ -85,13 +85,17 @@ def test_which_library_is_the_faster_one(avx512: bool, amd: bool, monkeypatch: p
     """Where MKL leaves AVX-512 unused, from a number of multiply-adds on; elsewhere, where the weight is in no cache. Activations with it
     where there is AVX-512."""
     monkeypatch.setattr(products, "processor", lambda: products.Processor(avx512, amd))
-    assert products.takes(257, 768 * 768)
-    assert products.takes(1, 3072 * 768)
-    assert products.takes(1, 3072 * 768, True) is avx512
-    assert products.takes(257, 128 * 128) is (avx512 and amd)
-    assert products.takes(40, 128 * 128, True) is (avx512 and amd)
-    assert not products.takes(40, 128 * 128)
-    assert not products.takes(0, 3072 * 768)
+    both = avx512 and amd
+    assert products.takes(257, 768, 3072 * 768)
+    assert products.takes(257, 3072, 3072 * 768) is both
+    assert products.takes(257, 768, 768 * 768) is both
+    assert products.takes(20, 768, 768 * 768)
+    assert products.takes(1, 3072, 3072 * 768)
+    assert products.takes(1, 3072, 3072 * 768, True) is avx512
+    assert products.takes(257, 128, 128 * 128) is both
+    assert products.takes(40, 128, 128 * 128, True) is both
+    assert not products.takes(40, 128, 128 * 128)
+    assert not products.takes(0, 768, 3072 * 768)
 
 
 def test_processors(monkeypatch: pytest.MonkeyPatch):

@@ -94,7 +94,7 @@ class Projection:
 
     def onednn(self, x: torch.Tensor, activated: bool = False) -> Pair | None:
         """The weight as oneDNN wants it, and the bias, where oneDNN is to take the product."""
-        if not (takes(x.numel() // self._width, self._size, activated) and available()):
+        if not (takes(x.numel() // self._width, self._width, self._size, activated) and available()):
             return None
         return self.reordered()
 

@@ -25,7 +25,9 @@ processors that have it. Measured on one of the Zen 5 family."""
 WORTHWHILE_ACTIVATED = 3 << 17
 """The same where an activation follows, which is then no call of its own."""
 WORTHWHILE_WEIGHT = 1 << 18
-"""Elements of a weight from which it is so on the others: MKL reorders what no cache holds. Measured on a Zen 3, which has AVX2."""
+"""Elements of a weight from which it is so on the others, up to ``FEW_ROWS`` rows, for which MKL reorders what no cache holds, or where
+the result is wider than x. Measured on a Zen 3, which has AVX2."""
+FEW_ROWS = 192
 ROWS_TRAINING = 1024
 """Rows from which reordering pays in training, where the weights are others at every step."""
 
@@ -44,15 +46,15 @@ def processor() -> Processor:
     return Processor(bool(known.get("avx512_f")), "AMD" in str(known.get("cpu_name")))
 
 
-def takes(rows: int, elements: int, activated: bool = False) -> bool:
-    """Whether oneDNN's product of so many rows with a kept weight of so many elements is the faster one; ``activated``: with an
+def takes(rows: int, width: int, elements: int, activated: bool = False) -> bool:
+    """Whether oneDNN's product of x (rows,width) with a kept weight of so many elements is the faster one; ``activated``: with an
     activation in it, which with AVX2 takes longer than one of PyTorch's behind it."""
     avx512, amd = processor()
     if avx512 and amd:
         return rows * elements >= (WORTHWHILE_ACTIVATED if activated else WORTHWHILE)
     if activated and not avx512:
         return False
-    return rows > 0 and elements >= WORTHWHILE_WEIGHT
+    return rows > 0 and elements >= WORTHWHILE_WEIGHT and (rows <= FEW_ROWS or elements > width * width)
 
 
 @functools.cache
@@ -94,7 +96,7 @@ def fuses(
             if parameter.is_inference():
                 return False
             packed += parameter.numel()
-    return takes(rows, packed, activation != "none")
+    return takes(rows, x.shape[-1], packed, activation != "none")
 
 
 def reorder(weight: torch.Tensor) -> torch.Tensor:
