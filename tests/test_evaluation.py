@@ -218,6 +218,9 @@ def test_it_follows_the_parameters():
     _follows(block, lambda: setattr(block, "mlp", _block(seed=3).mlp))
     _follows(block, lambda: setattr(block.mlp.up_proj, "weight", nn.Parameter(block.mlp.up_proj.weight.flip(0))))
 
+    for module in (block.norm1, block.norm2, block.attention):
+        _follows(block, lambda module=module: setattr(module, "eps", 0.5))
+
     def through_data():
         block.norm2.weight.data.mul_(2)
         forget_packed(block)
@@ -227,6 +230,45 @@ def test_it_follows_the_parameters():
     for impl in ("reference", "cpp") if backend.extension().module is not None else ("reference",):
         with backend.use_impl(impl):
             _follows(block, lambda: rope[0].mul_(1.1), rope)
+
+
+def test_another_attention_backend_is_taken_at_once(monkeypatch: pytest.MonkeyPatch):
+    block, rope, stream, asked = _block(), _rope(), _tokens(1 + PATCHES), []
+    attend = evaluation.attend
+    monkeypatch.setattr(evaluation, "attend", lambda *args, backend: (asked.append(backend), attend(*args, backend=backend))[1])
+    with torch.no_grad():
+        for name in ("auto", "sdpa-math", "sdpa"):
+            block.attention.attention = name
+            block(Residual(stream), rope, num_prefix=1)
+    assert asked == ["auto", "sdpa-math", "sdpa"]
+
+
+class _Racing(evaluation.Turn):
+    """Another thread puts the tables of another size in the place of these behind every look at them."""
+
+    others: tuple | None = None
+
+    @property
+    def _tables(self):
+        found, self.kept = self.kept, self.others or self.kept
+        return found
+
+    @_tables.setter
+    def _tables(self, tables) -> None:
+        self.kept = tables
+
+
+def test_another_threads_tables_are_never_taken():
+    turn = _Racing((None,), HEADS, WIDTH // HEADS, "pre_rope", 1e-5)
+    rope, other = _rope(), patch_rope(3, 4, WIDTH // HEADS, torch.device("cpu"))
+    rows = _tokens(1 + PATCHES)
+    with torch.no_grad():
+        turn(_tokens(1 + 12), other, 1, False)
+        others = turn.kept
+        wanted = turn(rows, rope, 1, False)
+        turn.others = others
+        assert torch.equal(turn(rows, rope, 1, False), wanted)
+        assert turn.kept is others
 
 
 def test_it_is_no_part_of_copies_and_pickles():

@@ -86,7 +86,8 @@ class PredictorBlock(PackedModule):
             mix: the attention of rotated or unrotated queries, as the caller defines it.
         """
         if entry.branch is None and not isinstance(memory, torch.Tensor) and evaluation.straight(entry.stream):
-            straight = evaluation.of(self, self._evaluation, self.attention, self.mlp)
+            settings = self.norm1.eps, self.norm2.eps
+            straight = evaluation.of(self, self._evaluation, self.attention, self.mlp, settings=settings)
             if straight is not None:
                 return Residual(straight(entry.stream, memory, mix))
         fold = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())

@@ -489,11 +489,13 @@ class Block(PackedModule):
             length = 1 + x.shape[1] * (2 if entry.mode == "pair" else 1)
             if any(t is not None and t.dtype != torch.float32 for t in (entry.curr, entry.token, entry.role)):
                 return None
-        line = evaluation.of(self, self._evaluation, self.attention, self.mlp)
+        norm1, attention, norm2, mlp = self.norm1, self.attention, self.norm2, self.mlp
+        settings = norm1.eps, getattr(attention, "eps", None), getattr(attention, "attention", None), norm2.eps
+        line = evaluation.of(self, self._evaluation, attention, mlp, settings=settings)
         if line is None or not line.fits(length, x.shape[2], rope, num_prefix):
             return None
         if isinstance(entry, Assembly):
-            return line(*add_and_norm(entry, self.norm1, torch.float32), rope, num_prefix, rows)
+            return line(*add_and_norm(entry, norm1, torch.float32), rope, num_prefix, rows)
         stream = x if entry.branch is None else entry.add()
         return line(stream, F.layer_norm(stream, *line.norm1), rope, num_prefix, rows)
 

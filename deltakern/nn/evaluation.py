@@ -44,22 +44,22 @@ def straight(x: torch.Tensor) -> bool:
     )
 
 
-def of(module: PackedModule, make: Callable[[], Made | None], *parts: nn.Module) -> Made | None:
-    """What ``make`` derives of a module's parameters, kept until one of them changes, or None where the general way must be taken: in
-    training, for parameters that are no ordinary ones in float32 on a CPU, and where somebody wants to see what goes into one of
-    ``parts``, which are not called, or comes out of it."""
+def of(module: PackedModule, make: Callable[[], Made | None], *parts: nn.Module, settings: tuple[Any, ...] = ()) -> Made | None:
+    """What ``make`` derives of a module's parameters and of ``settings``, kept until one of them changes, or None where the general way
+    must be taken: in training, for parameters that are no ordinary ones in float32 on a CPU, and where somebody wants to see what goes
+    into one of ``parts``, which are not called, or comes out of it."""
     if module.training or modules._has_any_global_hook():
         return None
     for part in parts:
         if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
             return None
     kept = module._packed.get("evaluation")
-    if kept is not None and kept[0].unchanged():
+    if kept is not None and kept[2] == settings and kept[0].unchanged():
         return kept[1]
     if any(type(p) is not nn.Parameter or not p.is_cpu or p.dtype != torch.float32 or p.is_inference() for p in module.parameters()):
         return None
     with torch.inference_mode(False), torch.no_grad():
-        kept = Watch(module), make()
+        kept = Watch(module), make(), settings
     module._packed["evaluation"] = kept
     return kept[1]
 
@@ -220,8 +220,9 @@ class Turn:
         zeros for tokens that do not rotate, and the sign of the first half's sines."""
         counted = not any(t.is_inference() for t in rope)  # such a tensor counts no versions: nothing to keep by
         key = (*map(id, rope), length, num_prefix, *(t._version for t in rope)) if counted else None
-        if counted and self._tables is not None and self._tables[0] == key:
-            return self._tables[1]
+        kept = self._tables  # read once: another thread may put others in its place
+        if counted and kept is not None and kept[0] == key:
+            return kept[1]
         with torch.inference_mode(False), torch.no_grad():
             cos, sin = (t.repeat((length - num_prefix) // len(t), 1) for t in rope)
             cos, sin = F.pad(cos, (0, 0, num_prefix, 0), value=1.0), F.pad(sin, (0, 0, num_prefix, 0))
