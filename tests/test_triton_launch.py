@@ -145,3 +145,40 @@ def test_interpreter_refuses_arithmetic_on_bfloat16() -> None:
     for kernel in (interpreter_kernels.add_kernel, interpreter_kernels.sum_kernel):
         with pytest.raises(Exception, match="bfloat16: the interpreter works on its raw bits"):
             kernel[(1,)](x, torch.empty_like(x), BLOCK=16)
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("operation", "x", "y", "fits"),
+    [
+        ("add", 2**31 - 2, 1, True),
+        ("add", 2**31 - 1, 1, False),
+        ("add", -(2**31), -1, False),
+        ("sub", -(2**31) + 1, 1, True),
+        ("sub", -(2**31), 1, False),
+        ("mul", 2**15, -(2**16), True),
+        ("mul", 2**15, 2**16, False),
+        ("mul", 2**31 - 1, 2**31 - 1, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_interpreter_refuses_overflow_of_32_bits(operation: str, x: int, y: int, fits: bool, dtype: torch.dtype) -> None:
+    """In one element of sixteen. An offset of 32 bits that wraps would be read from somewhere else on a GPU."""
+    import interpreter_kernels
+    import triton.language as tl
+
+    before = dict(vars(tl)), dict(vars(tl.tensor))
+    operands = torch.ones(2, 16, dtype=dtype)
+    operands[:, 7] = torch.tensor([x, y])
+    out = torch.empty(16, dtype=dtype)
+
+    def launch() -> None:
+        interpreter_kernels.integer_kernel[(1,)](*operands, out, OPERATION=operation, BLOCK=16)
+
+    if fits or dtype == torch.int64:
+        launch()
+        assert torch.equal(out, getattr(torch, operation)(*operands))
+    else:
+        with pytest.raises(Exception, match=f"int32 overflow detected for operation {operation}"):
+            launch()
+    assert (dict(vars(tl)), dict(vars(tl.tensor))) == before, "the interpreter left triton.language patched"
