@@ -116,7 +116,7 @@ def _hasten(interpreter: Any) -> None:
 
     def patch_lang_once(fn: Any) -> Any:
         outermost, seen = not patched, languages(fn.__globals__)
-        if seen <= patched:
+        if seen and seen <= patched:
             return None  # a call's scope is not looked at, only a launch's
         scope = patch_lang(fn)
         if hasattr(scope, "restore"):
