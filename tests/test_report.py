@@ -384,6 +384,22 @@ def test_terminal(report, capsys, monkeypatch, columns):
 # --- the command ------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_heading_names_every_machine_and_commit():
+    """Not the first row's for all of them, where they were read and not measured now."""
+    wheres = [
+        {"device": "an old one", "commit": "aaa", "torch": "2.11", "threads": 2},
+        {"device": "a new one", "commit": "bbb", "torch": "2.13", "threads": 2},
+        {"device": "a new one", "commit": "ccc", "torch": "2.13", "threads": 2},
+    ]
+    made = render.build([_row(where=where) for where in wheres], preset="rows of results", parts=("latency",))
+    said = render.heading(made)
+    assert said == f"{made['made']} · rows of results · an old one at aaa · a new one at bbb, ccc · torch 2.11, 2.13 · threads 2"
+    now = render.build([_row(where=wheres[0])], preset="tiny", parts=("latency",), where=WHERE)
+    assert render.heading(now) == f"{now['made']} · preset tiny · a test's machine at 0123456789ab · torch 2.13 · threads 2"
+    nothing = render.build([], preset="rows of results", parts=("flops",))
+    assert render.heading(nothing) == f"{nothing['made']} · rows of results"
+
+
 def test_report_from_rows(tmp_path, capsys):
     rows.append(tmp_path / "rows" / "a.jsonl", [_row(seconds=1.0), _row(seconds=2.0)])
     assert run.main(source=tmp_path / "rows", out=tmp_path / "out") == 0

@@ -335,19 +335,21 @@ def _accuracy(report: dict[str, Any]) -> list[Table]:
     return [("Error against float64", header, _once(rows, 2 if several else 1), about)]
 
 
-def _machine(report: dict[str, Any]) -> str:
-    where = report["where"] or (report["rows"][0]["where"] if report["rows"] else {})
-    known = (
-        ("deltakern", "deltakern"),
-        ("commit", "commit"),
-        ("device", "device"),
-        ("driver", "driver"),
-        ("torch", "torch"),
-        ("triton", "triton"),
-        ("python", "Python"),
-        ("threads", "threads"),
-    )
-    return " · ".join(f"{label} {where[key]}" if label != "device" else str(where[key]) for key, label in known if where.get(key))
+def heading(report: dict[str, Any]) -> str:
+    """When the report was made, of which sizes, and where with what: of this run, or of every machine whose rows were read."""
+    measured = [report["where"]] if report["where"] else [row["where"] for row in report["rows"]]
+
+    def values(key: str, among: Sequence[dict[str, Any]] = measured) -> list[str]:
+        return [str(value) for value in dict.fromkeys(where.get(key) for where in among) if value]
+
+    said = [report["made"], f"preset {report['preset']}" if report["where"] else report["preset"]]
+    said += [f"deltakern {', '.join(values('deltakern'))}"] if values("deltakern") else []
+    for device in values("device") or [""]:
+        commits = values("commit", [where for where in measured if where.get("device", "") == device])
+        said.append(" at ".join(filter(None, (device, ", ".join(commits)))))
+    for key, label in (("driver", "driver"), ("torch", "torch"), ("triton", "triton"), ("python", "Python"), ("threads", "threads")):
+        said += [f"{label} {', '.join(values(key))}"] if values(key) else []
+    return " · ".join(filter(None, said))
 
 
 def _numbers(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
@@ -375,7 +377,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    parts = ["# deltakern report", f"{report['made']} · preset {report['preset']} · {_machine(report)}"]
+    parts = ["# deltakern report", heading(report)]
     parts += [f"> {note}" for note in report["notes"]]
     for title, header, rows, about in tables(report):
         parts += [f"## {title}", markdown_table(header, rows), about]
@@ -654,7 +656,7 @@ def _accuracy_charts(report: dict[str, Any], device: str) -> list[page.Html]:
 
 def html_page(report: dict[str, Any]) -> page.Page:
     """The report as one page that needs nothing else."""
-    made = page.Page("deltakern report", f"{report['made']} · preset {report['preset']} · {_machine(report)}")
+    made = page.Page("deltakern report", heading(report))
     for note in report["notes"]:
         made.add(page.paragraph(note, "verdict bad"))
     found = {table[0]: table for table in tables(report)}
