@@ -239,25 +239,21 @@ def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], 
     return chosen
 
 
+def _here(facts: Facts) -> Facts:
+    """With a note under torch.func's transforms, for which kernels have no rules; torch.compile traces through these by itself."""
+    if facts.note or torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return facts
+    return facts._replace(note="kernels have no rules for the transforms of torch.func")
+
+
 def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:
     """The name of the implementation that a call with these facts takes. Warns, or raises, as the module says."""
-    return _choose(function.op.name, impl, *facts)
+    return _choose(function.op.name, impl, *_here(facts))
 
 
 def chosen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """The implementation that ``function(*args, **kwargs)`` takes, to be named in a later call that must take the same."""
     return choose(function, "auto", function.op.facts(*args, **kwargs))
-
-
-def takes_kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Whether ``impl="auto"`` takes a kernel for these arguments; for callers that have a way of their own where it does not.
-
-    Warns of nothing and raises nothing: such a caller falls back on no reference.
-    """
-    try:
-        return _decide(function.op, "auto", function.op.facts(*args, **kwargs)).chosen != "reference"
-    except BackendError:  # a kernel is asked for by name and cannot run
-        return False
 
 
 def explain(function: Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
@@ -270,7 +266,7 @@ def explain(function: Callable[..., Any], *args: Any, impl: str = "auto", **kwar
     entry = getattr(function, "op", None)
     if not isinstance(entry, Op):
         raise TypeError(f"explain: expected one of deltakern.ops, got {function!r}")
-    return _decide(entry, impl, entry.facts(*args, **kwargs))
+    return _decide(entry, impl, _here(entry.facts(*args, **kwargs)))
 
 
 def too_wide(width: int, limit: int = 8192) -> str:

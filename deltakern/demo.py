@@ -28,6 +28,7 @@ from deltakern._extras import require
 from deltakern.data import CLIP, CLIP_ATTRIBUTION
 from deltakern.data.video import Clip, VideoError, read_clip
 from deltakern.models import DeltaTok, DeltaWorld, DINOv3, DINOv3Config, checkpoint
+from deltakern.nn import freeze
 from deltakern.report import page as html
 
 CONTEXT, HORIZON = 4, 3  # frames of a window: given, and predicted (the paper's middle horizon)
@@ -156,12 +157,12 @@ class _Demo:
         self.stage("features of the backbone", self.features)
         if self.settings.deltatok is None:
             self.stage("train DeltaTok", self.train_tokenizer)
-        self.tokenizer.eval()
+        freeze(self.tokenizer)
         self.stage("make the predictor", self.build_world)
         if self.settings.deltaworld is None:
             self.stage("store delta tokens", self.store_tokens)
             self.stage("train DeltaWorld", self.train_world)
-        self.world.eval()
+        freeze(self.world)
         self.stage("predict the held-out frames", self.judge)
         return self.result
 
@@ -236,6 +237,7 @@ class _Demo:
             )
             backbone = DINOv3(config=config)
             backbone.initializer_range = STD  # what the tokenizer, the predictor and the noise take theirs from
+        freeze(backbone)
         if s.deltatok is not None:
             given = checkpoint.read(s.deltatok)
             self.tokenizer = DeltaTok(backbone, **checkpoint.infer_deltatok_config(given.state_dict))
@@ -251,7 +253,7 @@ class _Demo:
         }
 
     def build_world(self) -> None:
-        """After the tokenizer's training: making a DeltaWorld freezes its tokenizer."""
+        """After the tokenizer's training, because it is frozen."""
         s, backbone = self.settings, self.tokenizer.backbone
         heads = backbone.num_heads
         sizes: dict[str, Any] = {

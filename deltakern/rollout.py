@@ -15,6 +15,7 @@ from deltakern.data.video import Clip, VideoError, read_clip
 from deltakern.models import DeltaTok, DeltaWorld, DINOv3, DINOv3Config, Futures, checkpoint
 from deltakern.models.dinov3 import DEFAULT_WEIGHTS
 from deltakern.models.heads import RGBHead, feature_map
+from deltakern.nn import freeze
 from deltakern.report import page as html
 
 PICTURE = 192  # pixels of the shorter side of a frame on the page
@@ -80,7 +81,7 @@ class Settings:
 
 
 def load_world(settings: Settings) -> DeltaWorld:
-    """The model of the weights named, or a small one of seeded random weights.
+    """The model of the weights named, or a small one of seeded random weights, frozen.
 
     Raises:
         FileNotFoundError, deltakern.models.checkpoint.CheckpointError: no such weights, or weights that do not fit together.
@@ -91,7 +92,7 @@ def load_world(settings: Settings) -> DeltaWorld:
             config = DINOv3Config(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256, initializer_range=0.1)
             tokenizer = DeltaTok(DINOv3(config=config), 2, layer_scale_init=0.1, intermediate_size=384)
             sizes = {"predictor_hidden_size": 128, "predictor_num_hidden_layers": 2, "predictor_num_heads": 2}
-            return DeltaWorld(tokenizer, **sizes, layer_scale_init=0.1).to(settings.place).eval()
+            return freeze(DeltaWorld(tokenizer, **sizes, layer_scale_init=0.1).to(settings.place))
     dinov3, deltatok, deltaworld = settings.weights
     backbone = DINOv3.from_pretrained(dinov3)
     weights = checkpoint.read(deltatok)
@@ -100,7 +101,7 @@ def load_world(settings: Settings) -> DeltaWorld:
     weights = checkpoint.read(deltaworld)
     world = DeltaWorld(tokenizer, **checkpoint.infer_deltaworld_config(weights.state_dict))
     checkpoint.load_into(world, weights)
-    return world.to(settings.place).eval()
+    return freeze(world.to(settings.place))
 
 
 def read_frames(settings: Settings) -> tuple[Clip, torch.Tensor]:

@@ -81,10 +81,10 @@ def _launches() -> list[dict[str, Any]]:
     seen: dict[str, dict[str, Any]] = {}
     current: dict[str, Any] = {}
 
-    def note(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, cooperative: bool = False, **constexprs: Any) -> None:
+    def note(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, **constexprs: Any) -> None:
         specialised = _specialised(kernel, args, constexprs)
         key = repr([kernel.__name__, specialised, constexprs, tile, current["arch"]])
-        launch = {"kernel": kernel, **specialised, "constexprs": constexprs, "tile": tile, "cooperative": cooperative, "ops": [], **current}
+        launch = {"kernel": kernel, **specialised, "constexprs": constexprs, "tile": tile, "ops": [], **current}
         made = seen.setdefault(key, launch)
         if current["op"] not in made["ops"]:
             made["ops"].append(current["op"])
@@ -147,7 +147,7 @@ def _compile(launch: dict[str, Any]) -> dict[str, Any]:
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch["divisible"]}
     constants = {**launch["constexprs"], **launch["constants"]}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "launch_cooperative_grid": launch["cooperative"]}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resources(made.asm["cubin"])
     types = "/".join(dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*")))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 _FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "lift_fresh", "normal_", "uniform_", "randn", "masked_select", "equal")
 
@@ -38,10 +38,14 @@ class CUDAGraph:
         self.tape: list[tuple[Any, tuple, dict, list[torch.Tensor]]] = []
 
     def replay(self) -> None:
+        opaque: dict[int, torch.Tensor] = {}  # oneDNN's reordered weights have no storage to copy into: taken in the captured one's place
         for op, args, kwargs, kept in self.tape:
+            args, kwargs = tree_map(lambda t: opaque.get(id(t), t), (args, kwargs))
             made = [t for t in tree_leaves(op(*args, **kwargs)) if isinstance(t, torch.Tensor)]
             for old, new in zip(kept, made, strict=True):
-                if old.data_ptr() != new.data_ptr():  # else a view, or written in place
+                if old.is_mkldnn:
+                    opaque[id(old)] = new
+                elif old.data_ptr() != new.data_ptr():  # else a view, or written in place
                     old.copy_(new)
 
 

@@ -25,6 +25,11 @@ BACKWARD = {name.replace("forward", "backward"): count for name, count in FORWAR
 AGAIN = {"residual_norm_forward_kernel": 2, **{f"{op}_forward_kernel": 1 for op in ("rope_qk_norm", "head_gate", "swiglu")}}
 
 
+def _again(device: torch.device) -> dict[str, int]:
+    """q and k are made again by flash attention alone, which on a GPU takes half precision."""
+    return {name: count for name, count in AGAIN.items() if device.type == "cpu" or "rope" not in name}
+
+
 def _block(device: torch.device, **options) -> tuple[Block, Assembly, tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(0)
     block = Block(64, 2, 88, swiglu=True, qk_norm="pre_rope", gated=True, **options).to(device)
@@ -46,16 +51,19 @@ def test_a_block_launches_every_kernel_once_each_way(recompute, device):
     with _triton.count_launches() as backward, deltakern.use_impl("triton"):
         (out.stream + out.branch).sum().backward()
     assert out.scale is None, "LayerScale was not folded into the projection"
-    assert dict(backward) == (BACKWARD if recompute == "none" else {**BACKWARD, **AGAIN})
+    assert dict(backward) == (BACKWARD if recompute == "none" else {**BACKWARD, **_again(device)})
     assert entry.prev.grad.isfinite().all()
 
 
-def test_without_gradients_the_same_kernels_and_folded_scales(device):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_without_gradients_the_same_kernels_and_scales_folded_into_frozen_weights(frozen, device):
     block, entry, rope = _block(device)
+    if frozen:
+        deltakern.freeze(block)
     with torch.no_grad(), _triton.count_launches() as launches, deltakern.use_impl("triton"):
         out = block.eval()(entry, rope, num_prefix=1)
     assert dict(launches) == FORWARD
-    assert out.scale is None, "LayerScale was not folded into the projection"
+    assert (out.scale is None) is frozen
 
 
 def test_the_last_encoder_block_pools_instead_of_projecting_values(device):

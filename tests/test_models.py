@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import small
@@ -13,7 +12,6 @@ from compare import relative_rmse
 import deltakern
 from deltakern import ops
 from deltakern.models import DINOv3Config, Savings
-from deltakern.nn import forget_packed
 
 SMOOTH = torch.nn.SmoothL1Loss(reduction="none", beta=0.1)
 
@@ -207,65 +205,30 @@ def test_rope_augmentation_only_while_training():
     assert torch.equal(small.tokenizer(use_rope_aug=False).train()._rope(pixels)[0], plain)
 
 
-def test_black_frame_is_encoded_once_per_size_and_again_when_weights_change():
+def test_the_black_frame_is_encoded_once_a_call_or_once_a_size_when_frozen():
     tok = small.tokenizer().eval()
-    calls = []
-    tok.backbone.register_forward_hook(lambda *_: calls.append(1))
+    calls, forward = [], deltakern.DINOv3.forward
     pixels, _ = small.clip()
-    first = tok.black_features(pixels)
-    assert torch.equal(tok.black_features(pixels), first)
-    assert len(calls) == 1
-    assert first.shape == (2, 6, 64)
-    assert tok.black_features(small.clip(height=16)[0]).shape == (2, 3, 64)
-    assert len(calls) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deltakern.DINOv3, "forward", lambda self, frames: (calls.append(tuple(frames.shape)), forward(self, frames))[1])
+        first = tok.black_features(pixels)
+        assert torch.equal(tok.black_features(pixels), first)
+        assert calls == [(1, 1, 3, 32, 48)] * 2, "one frame for the whole batch, at every call"
+        assert first.shape == (2, 6, 64)
+        deltakern.freeze(tok)
+        calls.clear()
+        for _ in range(2):
+            torch.testing.assert_close(tok.black_features(pixels), first)
+            assert tok.black_features(small.clip(height=16)[0]).shape == (2, 3, 64)
+        assert len(calls) == 2
+        with tok.backbone.backbone.norm.register_forward_hook(lambda *_: calls.append("hook")):
+            tok.black_features(pixels)
+            assert calls[-1] == "hook"
     with torch.no_grad():
         tok.backbone.backbone.norm.bias.add_(1.0)
-    torch.testing.assert_close(tok.black_features(pixels), first + 1.0)
-
-
-def test_packed_weights_follow_the_parameters():
-    """Evaluation without gradients uses derived tensors; every way of changing a weight must be seen."""
-    pixels, _ = small.clip()
-    tok = small.tokenizer().eval()
-
-    def encode():
-        with torch.no_grad():
-            features = tok.features(pixels)
-            return tok.encode(features[:, 0], features[:, 1], tok._rope(pixels))
-
-    before = encode()
-    q = tok.encoder_blocks[0].attention.q_proj.weight
-    with torch.no_grad():
-        q.mul_(1.5)
-    changed = encode()
-    assert not torch.equal(changed, before)
-    state = {k: v.clone() for k, v in tok.state_dict().items()}
-    state["encoder_blocks.0.attention.q_proj.weight"] /= 1.5
-    tok.load_state_dict(state)
-    torch.testing.assert_close(encode(), before)
-    q.data.mul_(1.5)  # invisible to version counters, as documented
-    forget_packed(tok)
-    torch.testing.assert_close(encode(), changed)
-    torch.testing.assert_close(tok.double().encode(*([tok.features(pixels)[:, i] for i in (0, 1)]), tok._rope(pixels)).float(), changed)
-    q.data.div_(1.5)
-    tok.float().train().eval()  # a training step in between
-    torch.testing.assert_close(encode(), before)
-
-
-def test_packed_weights_are_no_part_of_the_model():
-    pixels, _ = small.clip()
-    tok = small.tokenizer().eval()
-    keys = list(tok.state_dict())
-    with torch.no_grad():
-        before = tok.tokenize(pixels)
-    assert list(tok.state_dict()) == keys
-    for twin in (copy.deepcopy(tok), pickle.loads(pickle.dumps(tok))):
-        assert not any(m._packed for m in twin.modules() if hasattr(m, "_packed"))
-        with torch.no_grad():
-            assert torch.equal(twin.tokenize(pixels), before)
-            twin.encoder_blocks[0].attention.q_proj.weight.mul_(2)
-            assert not torch.equal(twin.tokenize(pixels), before)
-            assert torch.equal(tok.tokenize(pixels), before)
+    with pytest.raises(deltakern.FrozenWeightsError, match=r"backbone\.backbone\.norm\.bias"):
+        tok.black_features(pixels)
+    torch.testing.assert_close(deltakern.unfreeze(tok).black_features(pixels), first + 1.0)
 
 
 def test_inference_mode_and_no_grad_agree():

@@ -16,7 +16,7 @@ import deltakern
 from deltakern import ops
 from deltakern.nn import Assembly, Block, attend
 from deltakern.nn.attend import FlashAgain
-from deltakern.nn.recompute import Fleeting, apply, linear
+from deltakern.nn.recompute import Fleeting, apply, recomputed_linear
 
 IMPLS = ("reference", "triton")
 Tensors = list[torch.Tensor]
@@ -111,8 +111,8 @@ def test_folding_layer_scale_is_as_accurate_as_scaling_the_branch(init, device):
     """bfloat16 autocast against float64, beside the same block with the LayerScale applied to the branch as the release does."""
 
     class Unfolded(Block):
-        def _scales(self, dtype):
-            return tuple((None, s.lambda1) for s in (self.layer_scale1, self.layer_scale2))
+        def _scale(self, scale, part, dtype):
+            return None, scale.lambda1
 
     errors = []
     for seed in range(3):
@@ -153,7 +153,7 @@ def test_a_product_keeps_what_its_input_is_made_of(device):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         hidden = apply(ops.swiglu, x, recompute=True)
         assert isinstance(hidden, Fleeting)
-        out = linear(hidden, weight, bias)
+        out = recomputed_linear(hidden, weight, bias)
     assert all(t.data_ptr() != hidden.value.data_ptr() for t in kept)
     grads = torch.autograd.grad(out.square().sum(), [x, weight, bias])
     plain = torch.nn.functional.linear(ops.swiglu(x), weight, bias)
@@ -164,7 +164,7 @@ def test_a_product_keeps_what_its_input_is_made_of(device):
 def test_what_goes_in_must_not_change_before_the_backward(device):
     """A source that was written into is an error, as any saved tensor is."""
     x, weight = torch.randn(3, 8, device=device), torch.randn(4, 4, device=device, requires_grad=True)
-    out = linear(apply(ops.swiglu, x, recompute=True), weight, None)
+    out = recomputed_linear(apply(ops.swiglu, x, recompute=True), weight, None)
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
@@ -181,7 +181,7 @@ def test_gradients_that_nobody_wants_are_not_made(wanted, device):
         made.append(x)
         return ops.swiglu(x)
 
-    linear(Fleeting(ops.swiglu(args[0]), make, (args[0],)), *args[1:]).sum().backward()
+    recomputed_linear(Fleeting(ops.swiglu(args[0]), make, (args[0],)), *args[1:]).sum().backward()
     assert [a.grad is not None for a in args] == [i in wanted for i in range(3)]
     assert len(made) == (1 in wanted)
 

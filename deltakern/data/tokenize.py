@@ -21,6 +21,7 @@ from deltakern.data.sources import Video, find_videos
 from deltakern.data.store import Manifest, StoreError, Writer, done_clips, fingerprint
 from deltakern.models import DeltaTok, DINOv3, DINOv3Config, checkpoint
 from deltakern.models.dinov3 import DEFAULT_WEIGHTS
+from deltakern.nn import freeze
 
 __all__ = ["PRECISIONS", "Summary", "TokenizeOptions", "load_backbone", "load_tokenizer", "tokenize", "tokenize_videos"]
 
@@ -106,11 +107,11 @@ def load_tokenizer(dinov3: str | None = None, deltatok: str | None = None, *, ra
     if random_weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            return DeltaTok(backbone, layer_scale_init=0.1).eval()
+            return freeze(DeltaTok(backbone, layer_scale_init=0.1))
     weights = checkpoint.read(deltatok or checkpoint.RELEASED["deltatok"])
     tokenizer = DeltaTok(backbone, **checkpoint.infer_deltatok_config(weights.state_dict))
     checkpoint.load_into(tokenizer, weights)
-    return tokenizer.eval()
+    return freeze(tokenizer)
 
 
 UNREADABLE = (ValueError, OSError, RuntimeError, MemoryError)

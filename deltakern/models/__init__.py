@@ -7,7 +7,8 @@ from deltakern.models.dinov3 import DINOv3, DINOv3Config
 from deltakern.models.dinoworld import DINOWorld
 from deltakern.models.heads import DepthHead, RGBHead, SegHead
 from deltakern.models.sampling import Futures, score, top
-from deltakern.models.stream import StaleCacheError, Stream
+from deltakern.models.stream import Stream
+from deltakern.nn import StaleCacheError
 
 __all__ = [
     "DINOWorld",

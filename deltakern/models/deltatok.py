@@ -13,9 +13,9 @@ from torch import nn
 from deltakern.models import checkpoint
 from deltakern.models.dinov3 import patch_rope
 from deltakern.models.validate import check_frames, check_positive
-from deltakern.nn import Assembly, Block
+from deltakern.nn import Assembly, Block, Residual
 from deltakern.nn.block import QK_NORM_ORDERS, Rope, add_and_norm
-from deltakern.nn.packing import compute_dtype
+from deltakern.nn.weights import Freezable, Part, compute_dtype, derived, has_hooks, lasts, one_call, table
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Savings:
         return cls(False, False, False, False, False)
 
 
-class DeltaTok(nn.Module):
+class DeltaTok(Freezable, Part):
     """The tokenizer of the paper, section 3 (DeltaTok), with the released names of arguments, methods and parameters.
 
     Args:
@@ -60,7 +60,11 @@ class DeltaTok(nn.Module):
         residual_dtype: of the residual stream; None promotes the features' and the parameters' (float32 under autocast).
         attention: see :func:`deltakern.nn.attend`.
         recompute: what the backward makes again instead of keeping it, see :class:`deltakern.nn.Block`.
+
+    :meth:`train` leaves the frozen backbone in evaluation mode.
     """
+
+    stay_evaluating = ("backbone",)
 
     def __init__(
         self,
@@ -128,19 +132,10 @@ class DeltaTok(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self._black: dict[Any, torch.Tensor] = {}
         if weights is not None:
             checkpoint.load_into(self, weights)
 
-    def train(self, mode: bool = True) -> DeltaTok:
-        """Sets the tokenizer's mode; the frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_black": {}}
-
+    @one_call
     def encode(self, x: torch.Tensor, y: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The delta token of every pair of frames.
 
@@ -153,7 +148,7 @@ class DeltaTok(nn.Module):
             (B,1,D).
         """
         mode = "pair" if self.use_delta else "current"
-        entry = Assembly(x if self.use_delta else None, y, self.z_embed.weight, self.xy_embed.weight, mode, self.residual_dtype)
+        entry = Assembly(x if self.use_delta else None, y, table(self.z_embed), table(self.xy_embed), mode, self.residual_dtype)
         last = len(self.encoder_blocks) - 1
         for i, block in enumerate(self.encoder_blocks):
             rows = "first" if i == last and self.savings.last_row else "all"
@@ -162,6 +157,7 @@ class DeltaTok(nn.Module):
             entry = entry.rows(slice(1))
         return add_and_norm(entry, self.norm, None)[1]
 
+    @one_call
     def decode(self, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Features of the later frame from its delta token and the earlier frame.
 
@@ -173,16 +169,41 @@ class DeltaTok(nn.Module):
         Returns:
             (B,N,D).
         """
+        return self._decode(z, x, rope)
+
+    @one_call
+    def decode_samples(self, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """:meth:`decode` of several delta tokens that all begin at the same frame.
+
+        Sequences [z_i ; x] differ in one row, so what the first block does before its attention is done of [z_1 .. z_s ; x] once.
+
+        Args:
+            z: (B,s,D) delta tokens.
+            x: (B,N,D) features of the earlier frame.
+            rope: of :meth:`_rope`.
+
+        Returns:
+            (B,s,N,D).
+        """
+        return self._decode(z, x, rope, samples=z.shape[1]).unflatten(0, z.shape[:2])
+
+    def _decode(self, z: torch.Tensor, x: torch.Tensor, rope: Rope, samples: int = 0) -> torch.Tensor:
         if not self.use_delta:
-            x = self.xy_embed.weight[0].expand_as(x)
-        entry = Assembly(x, None, z, None, "previous", self.residual_dtype)
+            x = table(self.xy_embed)[0].expand_as(x)
+        if samples:
+            dtype = self.residual_dtype or torch.promote_types(x.dtype, z.dtype)
+            entry = Residual(torch.cat((z.to(dtype), x.to(dtype)), 1))
+        else:
+            entry = Assembly(x, None, z, None, "previous", self.residual_dtype)
         last = len(self.decoder_blocks) - 1
         for i, block in enumerate(self.decoder_blocks):
             rows = "rest" if i == last and self.savings.drop_row else "all"
-            entry = block(entry, rope, num_prefix=1, rows=rows)
+            first = samples if i == 0 else 0
+            entry = block(entry, rope, num_prefix=first or 1, rows=rows, samples=first)
         out = entry.add()
         return out if self.savings.drop_row else out[:, 1:]
 
+    @one_call
     def tokenize_offline(self, x: torch.Tensor, y: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Delta tokens of consecutive frames.
 
@@ -197,6 +218,7 @@ class DeltaTok(nn.Module):
         before = torch.cat((x.unsqueeze(1), y[:, :-1]), 1)
         return self.encode(before.flatten(0, 1), y.flatten(0, 1), rope).unflatten(0, y.shape[:2])
 
+    @one_call
     def tokenize(self, frames: torch.Tensor) -> torch.Tensor:
         """From uint8 frames (B,T,3,H,W) to delta tokens (B,T,D), the first against the black frame."""
         features = self.features(frames)
@@ -208,23 +230,22 @@ class DeltaTok(nn.Module):
         with torch.no_grad():
             return self.backbone(frames)
 
+    @one_call
     def black_features(self, frames: torch.Tensor) -> torch.Tensor:
-        """Features (B,N,D) of an all-black frame of the size, device and batch of ``frames``. Computed once for each size."""
+        """Features (B,N,D) of an all-black frame of the size, device and batch of ``frames``. Frozen, computed once
+        for each size; else once a call, for the whole batch."""
         batch = frames.shape[0]
         if not self.savings.black_frame:
             return self.features(torch.zeros_like(frames[:, :1]))[:, 0]
         black = frames.new_zeros((1, 1, *frames.shape[2:]))
-        if torch.compiler.is_compiling():  # one frame for the whole batch; a cache would be a side effect of the graph
-            return self.features(black)[:, 0].expand(batch, -1, -1)
-        versions = tuple(-1 if p.is_inference() else p._version for p in self.backbone.parameters())
-        first = next(self.backbone.parameters(), None)
-        place = None if first is None else (first.data_ptr(), first.dtype)
-        key = (black.shape, black.dtype, black.device, place, versions, compute_dtype(black.device.type, torch.float32))
-        if key not in self._black:
-            with torch.inference_mode(False):
-                current = {k: v for k, v in self._black.items() if k[3:5] == (place, versions)}
-                self._black = {**current, key: self.features(black)[0]}
-        return self._black[key].expand(batch, -1, -1)
+
+        def make() -> torch.Tensor:
+            return self.features(black)[:, 0]
+
+        if not lasts(self) or has_hooks(self.backbone):
+            return make().expand(batch, -1, -1)
+        key = ("black", black.shape, black.dtype, black.device, compute_dtype(black.device.type, torch.float32), *self.backbone.modules())
+        return derived(self, key, [*self.backbone.parameters(), *self.backbone.buffers()], make).expand(batch, -1, -1)
 
     def _rope(self, frames: torch.Tensor) -> Rope:
         """Cosines and sines (N, D / heads) for the patches of frames (..., H, W); stretched at random while training."""
@@ -235,6 +256,7 @@ class DeltaTok(nn.Module):
             stretch = torch.empty(1, device=frames.device).uniform_(-bound, bound).exp()
         return patch_rope(rows, columns, self.backbone.hidden_size // self.backbone.num_heads, frames.device, stretch=stretch)
 
+    @one_call
     def forward(self, frames: torch.Tensor, *_: Any, horizon: int | None = None) -> tuple[torch.Tensor, ...]:
         """Reconstruction, as the released trainer calls it.
 
@@ -270,12 +292,14 @@ class DeltaTok(nn.Module):
             targets.append(target)
         return torch.stack(predictions, 1), torch.stack(targets, 1), state["y"][:, : total - horizon]
 
+    @one_call
     def rollout_init(self, frames: torch.Tensor, horizon: int) -> dict[str, Any]:
         """State of a reconstruction of the last ``horizon`` frames: features ``y``, ``rope``, last features ``x``."""
         y = self.features(frames)
         x = self.black_features(frames) if horizon == y.shape[1] else y[:, -horizon - 1]
         return {"y": y, "rope": self._rope(frames), "x": x}
 
+    @one_call
     def rollout_step(self, state: dict[str, Any], tgt_frame_idx: int, _: Any = None) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Reconstructs frame ``tgt_frame_idx`` from its token and the last reconstruction: (prediction, target, state)."""
         target = state["y"][:, tgt_frame_idx]

@@ -11,10 +11,11 @@ from deltakern import ops
 from deltakern.models import sampling
 from deltakern.models.deltatok import DeltaTok, Savings
 from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
-from deltakern.models.stream import StaleCacheError, Stream
+from deltakern.models.stream import Stream
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.models.world import World, axis_angles, rotate_axes
 from deltakern.nn import Residual
+from deltakern.nn.weights import one_call, table
 
 
 class DeltaWorld(World):
@@ -29,7 +30,11 @@ class DeltaWorld(World):
         layer_scale_init: initial LayerScale.
         savings: which needless work to leave out; the tokenizer's own savings are the tokenizer's.
         candidate_chunk: candidates per clip and frame that are in memory at once, at most, in the search for the best.
+
+    :meth:`train` leaves backbone and tokenizer in evaluation mode.
     """
+
+    stay_evaluating = ("tokenizer", "backbone")
 
     def __init__(
         self,
@@ -70,12 +75,6 @@ class DeltaWorld(World):
         self.predictor = self._make_predictor()
         self._graphs = sampling.Graphs()
 
-    def train(self, mode: bool = True) -> DeltaWorld:
-        """Sets the predictor's mode; backbone and tokenizer stay in evaluation mode."""
-        super().train(mode)
-        self.tokenizer.eval()
-        return self
-
     def _rotate(self, time: torch.Tensor):
         """Rotation of keys (B,T,H,d) by their times (B,T)."""
         angles = axis_angles(time, self.rope_axis_sizes[0])[:, :, None]
@@ -88,6 +87,7 @@ class DeltaWorld(World):
             q, k, v, q_time, None, visible, own_k=own_k, own_v=own_v, rope_size=self.rope_axis_sizes[0]
         )
 
+    @one_call
     def predict(self, tokens: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Next delta tokens after every prefix of a clip's tokens (teacher forcing).
 
@@ -113,6 +113,7 @@ class DeltaWorld(World):
             tokens = self.tokenizer.tokenize(frames)
         return self.train_on_tokens(tokens, timestamps, criterion, queries=queries, generator=generator)
 
+    @one_call
     def train_on_tokens(
         self,
         tokens: torch.Tensor,
@@ -134,7 +135,7 @@ class DeltaWorld(World):
                 portions = (queries,)
             best = self._best_queries(portions, lambda q: self._predict(past, timestamps, q, head=False), target, criterion, 1)
         else:
-            best = self.q_embed.weight.expand(batch, total - 1, -1)
+            best = table(self.q_embed).expand(batch, total - 1, -1)
         return self.predict(past, timestamps, best.unsqueeze(2)).squeeze(2), target
 
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
@@ -147,8 +148,9 @@ class DeltaWorld(World):
         samples = self.num_samples
         x = y[:, ctx_len - 1, None].expand(-1, samples, -1, -1).flatten(0, 1)
         own = tokens.new_empty((tokens.shape[0], samples, 0, tokens.shape[2]))
-        return {"y": y, "rope": rope, "tokens": tokens, "own": own, "x": x, "context": None, "own_kv": None, "stamp": None}
+        return {"y": y, "rope": rope, "tokens": tokens, "own": own, "x": x, "context": None, "own_kv": None, "weights": None}
 
+    @one_call
     def rollout_step(
         self,
         state: dict[str, Any],
@@ -179,16 +181,14 @@ class DeltaWorld(World):
         q_time = timestamps[:, tgt_frame_idx : tgt_frame_idx + 1]
         if self.savings.context_cache:
             cached, own_kv = state["context"], state["own_kv"]
-            stamp = None if torch.compiler.is_compiling() else sampling.Weights(self.predictor).stamp()
             if cached is None:
                 cached = self.predictor.keys_values(tokens, self._rotate(timestamps[:, :context]))
-            elif stamp is not None and stamp != state["stamp"]:
-                raise StaleCacheError("the predictor's weights changed since this rollout's first step; begin again with rollout_init")
+            weights = self._same_weights(state["weights"])
             if generated:
                 own_kv = self._append(own_kv, own[:, :, -1], timestamps[:, tgt_frame_idx - 1 : tgt_frame_idx])
             mix = [self._mix(q_time, own=kv) for kv in own_kv] if own_kv else self._mix(q_time)
             predicted = self.predictor(q, cached, None, mix)
-            state = {**state, "context": cached, "own_kv": own_kv, "stamp": stamp}
+            state = {**state, "context": cached, "own_kv": own_kv, "weights": weights}
         else:
             memory = torch.cat((tokens[:, None].expand(-1, samples, -1, -1), own), 2).flatten(0, 1)
             times = timestamps[:, None].expand(-1, samples, -1).flatten(0, 1)
@@ -207,6 +207,7 @@ class DeltaWorld(World):
         return [(torch.cat((k0, k), 2), torch.cat((v0, v), 2)) for (k0, v0), (k, v) in zip(own_kv, fresh, strict=True)]
 
     @torch.no_grad()
+    @one_call
     def sample(
         self,
         z: torch.Tensor,
@@ -268,6 +269,7 @@ class DeltaWorld(World):
         )
 
     @torch.no_grad()
+    @one_call
     def decode(
         self,
         tokens: torch.Tensor,
@@ -308,6 +310,7 @@ class DeltaWorld(World):
         )
 
     @torch.no_grad()
+    @one_call
     def rollout(
         self,
         frames: torch.Tensor,

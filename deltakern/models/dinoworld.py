@@ -11,6 +11,7 @@ from deltakern.models.deltatok import Savings
 from deltakern.models.validate import check_frames
 from deltakern.models.world import World, axis_angles, rotate_axes
 from deltakern.nn import Residual, attend
+from deltakern.nn.weights import one_call, table
 
 
 class DINOWorld(World):
@@ -24,7 +25,11 @@ class DINOWorld(World):
         rope_axis_sizes, rope_unrotated_size: channels of a head that rotate with time, x and y, and that do not.
         use_bom: one noise vector a frame and candidate, shared by its patches. False: one learned query vector at every patch.
         The rest as in :class:`deltakern.DeltaWorld`.
+
+    :meth:`train` leaves the backbone in evaluation mode.
     """
+
+    stay_evaluating = ("backbone",)
 
     def __init__(
         self,
@@ -62,12 +67,6 @@ class DINOWorld(World):
         )
         self.backbone = backbone.requires_grad_(False).eval()
         self.predictor = self._make_predictor()
-
-    def train(self, mode: bool = True) -> DINOWorld:
-        """Sets the predictor's mode; the backbone stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
 
     def _features(self, frames: torch.Tensor) -> torch.Tensor:
         check_frames(frames, self.backbone.patch_size)
@@ -123,15 +122,24 @@ class DINOWorld(World):
                 portions = (queries,)
             best = self._best_queries(portions, lambda q: self._predict(frames, past, timestamps, q, head=False), target, criterion, 2)
         else:
-            best = self.q_embed.weight.expand(batch, total - 1, -1)
+            best = table(self.q_embed).expand(batch, total - 1, -1)
         return self._predict(frames, past, timestamps, best[:, :, None])[:, :, 0], target
 
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
         """State of a rollout: features ``y`` of all frames, the context's ``tokens`` (B,C*N,D) and every sample's ``own`` (B*S,J*N,D)."""
         y = self._features(frames)
         own = y.new_empty((y.shape[0] * self.num_samples, 0, y.shape[3]))
-        return {"y": y, "frames": frames[:, :1], "tokens": y[:, :ctx_len].flatten(1, 2), "own": own, "context": None, "own_kv": None}
+        return {
+            "y": y,
+            "frames": frames[:, :1],
+            "tokens": y[:, :ctx_len].flatten(1, 2),
+            "own": own,
+            "context": None,
+            "own_kv": None,
+            "weights": None,
+        }
 
+    @one_call
     def rollout_step(
         self,
         state: dict[str, Any],
@@ -155,6 +163,7 @@ class DINOWorld(World):
         elif generated:
             fresh = self.predictor.keys_values(own[:, -patches:], self._rotate(frames, times[:, tgt_frame_idx - 1 : tgt_frame_idx]))
             own_kv = _behind(own_kv, fresh)
+        weights = self._same_weights(state["weights"] if self.savings.context_cache else None)
         memory = _behind([tuple(t.repeat_interleave(samples, 0) for t in kv) for kv in cached], own_kv)
         q_time = times[:, tgt_frame_idx : tgt_frame_idx + 1]
         q = self._step_queries(batch, queries, tokens, generator).flatten(0, 1)[:, None].expand(-1, patches, -1)
@@ -164,7 +173,7 @@ class DINOWorld(World):
 
         features = self.predictor(q, memory, None, mix)
         appended = torch.cat((own, features.detach().to(own.dtype)), 1)
-        state = {**state, "own": appended, "context": cached, "own_kv": own_kv}
+        state = {**state, "own": appended, "context": cached, "own_kv": own_kv, "weights": weights}
         return features, state["y"][:, tgt_frame_idx], state
 
 

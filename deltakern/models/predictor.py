@@ -6,22 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from deltakern import ops
-from deltakern.nn import MLP, LayerScale, PackedModule, Residual, evaluation
-from deltakern.nn.block import add_and_norm, as_they_are, fold_scale, join
-from deltakern.nn.packing import compute_dtype
-from deltakern.nn.product import evaluates, product
+from deltakern.nn import MLP, Residual, TransformerBlock
+from deltakern.nn.block import Rows, add_and_norm
+from deltakern.nn.product import apply_linear, cast, evaluates, join, product
+from deltakern.nn.weights import Freezable, Part, dtype_for, kernels_run, lasts, one_call, plain
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Rotate = Callable[[torch.Tensor], torch.Tensor]
 Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class CrossAttention(PackedModule):
-    """Parameters ``q_proj``, ``kv_proj`` (keys first), ``out_proj``, all with bias."""
+class CrossAttention(Freezable):
+    """Queries over memory. Parameters ``q_proj``, ``kv_proj`` (keys first), ``out_proj``, all with bias."""
 
     def __init__(self, width: int, memory_width: int, heads: int) -> None:
         super().__init__()
@@ -30,82 +29,64 @@ class CrossAttention(PackedModule):
         self.kv_proj = nn.Linear(memory_width, 2 * width)
         self.out_proj = nn.Linear(width, width)
 
+    def project(self, memory: torch.Tensor) -> torch.Tensor:
+        """Keys, not rotated, and values of memory tokens (B,T,Dm): (B,T,2,H,d)."""
+        dtype = dtype_for(self.kv_proj, memory)
+        return apply_linear(self, "kv", self.kv_proj, memory.to(dtype), dtype).unflatten(-1, (2, self.num_heads, -1))
+
     def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> KeysValues:
         """Keys, rotated, and values of memory tokens (B,T,Dm): each (B,T,H,d)."""
-        dtype = compute_dtype(memory.device.type, self.kv_proj.weight.dtype)
-        both = product(self, "kv", (self.kv_proj.weight, self.kv_proj.bias), dtype, lambda *p: p, memory.to(dtype))
-        both = both.unflatten(-1, (2, self.num_heads, -1))
-        return rotate(both[:, :, 0]), both[:, :, 1]
+        keys, values = self.project(memory).unbind(2)
+        return rotate(keys), values
 
-    def forward(self, normed: torch.Tensor, kv: KeysValues, mix: Mix, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """(B,Q,D) -> (B,Q,D); ``mix(q, k, v)`` is the attention itself, ``scale`` is folded into the output projection."""
-        dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
-        q = product(self, "q", (self.q_proj.weight, self.q_proj.bias), dtype, lambda *p: p, normed).unflatten(-1, (self.num_heads, -1))
-        parts = (self.out_proj.weight, self.out_proj.bias, scale)
-        return product(self, "out", parts, dtype, fold_scale, mix(q, *kv).flatten(2))
-
-
-class _Evaluation:
-    """A block with keys and values at hand, in float32 on a CPU without gradient, see :mod:`deltakern.nn.evaluation`."""
-
-    def __init__(self, block: PredictorBlock) -> None:
-        attention = block.attention
-        self.heads = attention.num_heads
-        self.q = evaluation.Projection(as_they_are, attention.q_proj.weight, attention.q_proj.bias)
-        scale = block.layer_scale1.lambda1
-        self.out = evaluation.Projection(fold_scale, attention.out_proj.weight, attention.out_proj.bias, scale)
-        self.mlp = block.mlp.for_evaluation(block.layer_scale2.lambda1)
-        self.norm1, self.norm2 = evaluation.of_norm(block.norm1), evaluation.of_norm(block.norm2)
-
-    def __call__(self, stream: torch.Tensor, kv: KeysValues, mix: Mix) -> torch.Tensor:
-        """(B,Q,D) -> (B,Q,D)."""
-        q = self.q(F.layer_norm(stream, *self.norm1)).unflatten(-1, (self.heads, -1))
-        stream = self.out.plus(mix(q, *kv).flatten(2), stream)
-        return self.mlp(F.layer_norm(stream, *self.norm2), stream)
-
-
-class PredictorBlock(PackedModule):
-    """q += ls1 * attention(LN(q), memory); q += ls2 * MLP(LN(q))."""
-
-    def __init__(self, width: int, memory_width: int, heads: int, mlp_ratio: int, layer_scale_init: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = CrossAttention(width, memory_width, heads)
-        self.layer_scale1 = LayerScale(width, layer_scale_init)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, mlp_ratio * width)
-        self.layer_scale2 = LayerScale(width, layer_scale_init)
-
-    def forward(self, entry: Residual, memory: torch.Tensor | KeysValues, rotate: Rotate | None, mix: Mix) -> Residual:
-        """One block.
+    def forward(
+        self,
+        normed: torch.Tensor,
+        memory: torch.Tensor | KeysValues,
+        rotate: Rotate | None,
+        mix: Mix,
+        *,
+        rows: Rows,
+        scale: torch.Tensor | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """(B,Q,D) -> (B,Q,D).
 
         Args:
-            entry: the queries' stream and the branch that the block before left to add.
-            memory: (B,T,Dm) tokens, projected here, or the keys and values that :meth:`CrossAttention.keys_values` made of them.
+            normed: the queries.
+            memory: (B,T,Dm) tokens, projected here, or the keys and values that :meth:`keys_values` made of them.
             rotate: applies the keys' RoPE; not read when ``memory`` is keys and values.
-            mix: the attention of rotated or unrotated queries, as the caller defines it.
+            mix: ``mix(q, k, v)`` is the attention itself, of rotated or unrotated queries, as the caller defines it.
+            rows, recompute: of blocks whose rows see each other; here all go on, and nothing is made again.
+            scale: (D,) folded into the output projection.
         """
-        if entry.branch is None and not isinstance(memory, torch.Tensor) and evaluation.straight(entry.stream):
-            settings = self.norm1.eps, self.norm2.eps
-            straight = evaluation.of(self, self._evaluation, self.attention, self.mlp, settings=settings)
-            if straight is not None:
-                return Residual(straight(entry.stream, memory, mix))
-        fold = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
-        scale1, scale2 = self.layer_scale1.lambda1, self.layer_scale2.lambda1
-        dtype = compute_dtype(self.norm1.weight.device.type, self.norm1.weight.dtype)
-        kv = self.attention.keys_values(memory, rotate) if isinstance(memory, torch.Tensor) else memory
-        stream, normed = add_and_norm(entry, self.norm1, dtype)
-        branch = self.attention(normed, kv, mix, scale1 if fold else None)
-        stream, normed = add_and_norm(Residual(stream, branch, None if fold else scale1), self.norm2, dtype)
-        # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
-        return Residual(stream, self.mlp(normed, scale2 if fold else None), None if fold else scale2.clone())
+        dtype = dtype_for(self.q_proj, normed)
+        kv = self.keys_values(memory, rotate) if isinstance(memory, torch.Tensor) else memory
+        q = apply_linear(self, "q", self.q_proj, normed, dtype).unflatten(-1, (self.num_heads, -1))
+        return apply_linear(self, "out", self.out_proj, mix(q, *kv).flatten(2), dtype, scale=scale)
 
-    def _evaluation(self) -> _Evaluation | None:
-        """The block as a straight line, or None where parts of it are others than this module's."""
-        return _Evaluation(self) if type(self.attention) is CrossAttention and type(self.mlp) is MLP else None
+    def groups(self) -> dict[str, tuple[nn.Module, ...]]:
+        """What goes through one product each, by a name for it."""
+        return {"query": (self.q_proj,), "keys and values": (self.kv_proj,), "output": (self.out_proj,)}
 
 
-class Predictor(PackedModule):
+class PredictorBlock(TransformerBlock):
+    """q += ls1 * attention(LN(q), memory); q += ls2 * MLP(LN(q)). Called with the queries' :class:`deltakern.nn.Residual`, ``memory``,
+    ``rotate`` and ``mix``, see :class:`CrossAttention`."""
+
+    def __init__(self, width: int, memory_width: int, heads: int, mlp_ratio: int, layer_scale_init: float) -> None:
+        super().__init__(
+            CrossAttention(width, memory_width, heads),
+            MLP(width, mlp_ratio * width),
+            width,
+            layer_scale_init=layer_scale_init,
+            eps=1e-5,
+            recompute="none",
+            folds=False,
+        )
+
+
+class Predictor(Freezable, Part):
     """Blocks, LayerNorm and a linear head, under the released names.
 
     Args:
@@ -150,49 +131,28 @@ class Predictor(PackedModule):
                 nn.init.trunc_normal_(module.weight, std=initializer_range)
                 nn.init.zeros_(module.bias)
 
+    @one_call
     def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> list[KeysValues]:
         """Keys and values of memory tokens (B,T,Dm) in every block; they depend on no query."""
         return [block.attention.keys_values(memory, rotate) for block in self.blocks]
 
-    def _every_kv(self) -> list[torch.Tensor]:
-        return [p for block in self.blocks for p in (block.attention.kv_proj.weight, block.attention.kv_proj.bias)]
-
+    @one_call
     def project(self, memory: torch.Tensor) -> torch.Tensor:
-        """Keys and values of memory tokens (B,T,Dm) in all L blocks by one product: (2,L,B,T,H,d), keys first, not rotated.
+        """Keys and values of memory tokens (B,T,Dm) in all L blocks: (2,L,B,T,H,d), keys first, not rotated.
 
-        The packed weight is a copy of the blocks' own, 2 L D Dm elements, made without gradient and kept as
-        :class:`deltakern.nn.PackedModule` says.
+        By one product where the blocks' weights are joined (frozen, or on a GPU), else block by block.
         """
-        dtype = compute_dtype(memory.device.type, self.blocks[0].attention.kv_proj.weight.dtype)
-        together = product(self, "kv", self._every_kv(), dtype, join, memory.to(dtype))
-        return together.unflatten(-1, (len(self.blocks), 2, self.blocks[0].attention.num_heads, -1)).permute(3, 2, 0, 1, 4, 5)
+        layers = [block.attention.kv_proj for block in self.blocks]
+        if plain(nn.Linear, *layers) and (lasts(self) or kernels_run(memory)):
+            dtype = dtype_for(layers[0], memory)
+            parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+            together = product(self, "kv", parameters, dtype, join, memory.to(dtype))
+            together = together.unflatten(-1, (len(layers), 2, self.blocks[0].attention.num_heads, -1))
+        else:
+            together = torch.stack([block.attention.project(memory) for block in self.blocks], 2)
+        return together.permute(3, 2, 0, 1, 4, 5)
 
-    def stacked(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """The weights as ``ops.predictor_step`` takes them, ``norms`` to ``head_bias``: a copy, kept like that of :meth:`project`."""
-        blocks = list(self.blocks)
-
-        def stack(name: str, layers: Sequence[nn.Linear], scales: Sequence[LayerScale] | None = None) -> tuple[torch.Tensor | None, ...]:
-            given = []
-            for i, layer in enumerate(layers):
-                given += [layer.weight, layer.bias, None if scales is None else scales[i].lambda1]
-
-            def build(*p: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-                return tuple(torch.stack(t) for t in zip(*(fold_scale(*p[i : i + 3]) for i in range(0, len(p), 3)), strict=True))
-
-            return self.packed(name, given, dtype, build)
-
-        layers = [norm for block in blocks for norm in (block.norm1, block.norm2)] + [self.norm]
-        norms = [p for norm in layers for p in (norm.weight, norm.bias)]
-        return (
-            *self.packed("norms", norms, norms[0].dtype, lambda *p: (torch.stack(p).unflatten(0, (-1, 2)),)),
-            *stack("q", [block.attention.q_proj for block in blocks]),
-            *(t.unflatten(0, (len(blocks), -1)) for t in self.packed("kv", self._every_kv(), dtype, join)),
-            *stack("out", [block.attention.out_proj for block in blocks], [block.layer_scale1 for block in blocks]),
-            *stack("up", [block.mlp.up_proj for block in blocks]),
-            *stack("down", [block.mlp.down_proj for block in blocks], [block.layer_scale2 for block in blocks]),
-            *self.packed("head", (self.head.weight, self.head.bias), dtype, lambda *p: p),
-        )
-
+    @one_call
     def forward(
         self,
         queries: torch.Tensor,
@@ -220,21 +180,22 @@ class Predictor(PackedModule):
 
     def predictions(self, entry: Residual) -> torch.Tensor:
         """The last norm and the head: (...,Dm) of a stream and branch (...,D)."""
-        dtype = compute_dtype(entry.stream.device.type, self.head.weight.dtype)
-        return product(self, "head", (self.head.weight, self.head.bias), dtype, lambda *p: p, add_and_norm(entry, self.norm, dtype)[1])
+        dtype = dtype_for(self.head, entry.stream)
+        return apply_linear(self, "head", self.head, add_and_norm(entry, self.norm, dtype)[1], dtype)
 
     def best(self, entry: Residual, target: torch.Tensor, **loss: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of N candidates the head predicts best, and its loss: ``ops.best_of_n_head``, which stores no predictions on a GPU.
 
-        Where a CPU's product is oneDNN's, it is that and ``ops.best_of_n``: no op fuses the two there, and this weight is kept.
+        Where a CPU's product is oneDNN's it is that and ``ops.best_of_n``, because no op fuses the two there; and where norm or head is
+        not plain.
 
         Args:
             entry: stream and branch (...,N,R...,D).
             target: (...,R...,Dm).
             loss: ``loss``, ``beta`` and ``reduce_dims`` as there.
         """
-        dtype = compute_dtype(entry.stream.device.type, self.head.weight.dtype)
-        if evaluates(entry.stream, dtype):
+        dtype = dtype_for(self.head, entry.stream)
+        if evaluates(entry.stream, dtype) or not (plain(nn.Linear, self.head) and plain(nn.LayerNorm, self.norm)):
             return ops.best_of_n(self.predictions(entry), target, **loss)
-        head, bias = self.head.weight.to(dtype), self.head.bias.to(dtype)
+        head, bias = cast(self, "head", (self.head.weight, self.head.bias), dtype)
         return ops.best_of_n_head(*entry, self.norm.weight, self.norm.bias, head, bias, target, eps=self.norm.eps, **loss)

@@ -24,9 +24,8 @@ from torch import nn
 from deltakern import backend, ops
 from deltakern.models.noise import KINDS, IndexedNoise
 from deltakern.models.validate import check_positive
-from deltakern.nn import Block, PackedModule, Residual, attend
-from deltakern.nn.block import add_and_norm
-from deltakern.nn.packing import compute_dtype
+from deltakern.nn.block import all_plain
+from deltakern.nn.weights import Derived, Snapshot, calling, check_once, dtype_for, store_of, table
 
 if TYPE_CHECKING:
     from deltakern.models.deltatok import DeltaTok, Rope
@@ -39,8 +38,6 @@ TRAINED_CONTEXT = 7
 """Tokens that a query of the released models has seen at most: they were trained on clips of 8 frames."""
 
 GRAPHS_KEPT = 8
-
-Stamp = tuple[list[int], list[int]]
 
 Which = str | int | Sequence[int] | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
@@ -99,26 +96,6 @@ def warn_of_long_context(context: int) -> None:
         )
 
 
-class Weights:
-    """Tells whether parameters of a module changed. Its submodules are listed once, so that asking is cheap.
-
-    Seen are version counters, storages and parameters put in the place of others; not seen are writes through
-    ``parameter.data`` and submodules put in the place of others.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._groups = [m._parameters for m in module.modules() if m._parameters]
-
-    def stamp(self) -> Stamp:
-        """What changes when a parameter does."""
-        every = [p for group in self._groups for p in group.values() if p is not None]
-        try:
-            versions = [p._version for p in every]
-        except RuntimeError:  # inference tensors count none
-            versions = [-1 if p.is_inference() else p._version for p in every]
-        return versions, [p.data_ptr() for p in every]
-
-
 def portions(clips: int, samples: int, at_once: int) -> Iterator[tuple[range, range]]:
     """Cuts (clips, samples) into rectangles of at most ``at_once`` elements: whole clips where they fit, else parts of one."""
     group, part = max(1, at_once // samples), min(samples, max(1, at_once))
@@ -160,7 +137,7 @@ class NoisePlan:
         elif not world.use_bom:
             if given:
                 raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
-            self._whole = world.q_embed.weight.expand(batch, samples, horizon, -1)
+            self._whole = table(world.q_embed).expand(batch, samples, horizon, -1)
         elif seed is not None:
             self._indexed = IndexedNoise(seed, world.predictor_hidden_size, world.initializer_range, noise)
         else:  # one draw a step, as in the release
@@ -172,16 +149,6 @@ class NoisePlan:
         if self._indexed is not None:
             return self._indexed.draw(clips, samples, self._horizon, device=self._like.device).to(self._like.dtype)
         return self._whole[_slice(clips), _slice(samples)]
-
-
-def _at_once(world: DeltaWorld, noise: torch.Tensor, *context: torch.Tensor) -> bool:
-    """Whether one launch takes all steps of these inputs: on a GPU, few samples (``deltakern.explain(ops.predictor_step, ...)`` says more).
-
-    On a CPU only where Triton is asked for. Inference tensors count no versions: their stacked copy would be made at every call.
-    """
-    if not (noise.is_cuda or backend.preferred() == "triton") or world.predictor.head.weight.is_inference():
-        return False
-    return backend.takes_kernel(ops.predictor_step, noise, *context)
 
 
 def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -196,10 +163,6 @@ def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: t
         (B,s,h,Dm) in noise's dtype. Shapes alone decide what is launched, so that it can be captured in a CUDA graph.
     """
     predictor = world.predictor
-    if _at_once(world, noise, keys, values, times):
-        return ops.predictor_step(
-            noise, keys, values, times, *predictor.stacked(keys.dtype), rope_size=world.rope_axis_sizes[0], eps=predictor.norm.eps
-        )
     (batch, samples, horizon), layers = noise.shape[:3], range(len(keys))
     context = [(keys[i], values[i]) for i in layers]
     tokens = noise.new_empty((batch, samples, horizon, predictor.head.out_features))
@@ -218,10 +181,10 @@ def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: t
 class _Graph:
     """``_steps`` for fixed shapes as one CUDA graph, with buffers of its own for inputs and result.
 
-    What a replay relies on, and how it is seen to: kernels are compiled, libraries set up and weights packed before the capture,
-    by running the steps; nothing that is made then is an inference tensor, which could not be written to outside of inference
-    mode, or comes from autocast's cache, which is emptied behind the graph's back; all happens on the inputs' device, whichever
-    is current; other threads may go on using the GPU, though not capture.
+    What a replay relies on, and how it is seen to: kernels are compiled and libraries set up before the capture, by running the steps;
+    what is derived of live weights is derived in the graph, of frozen ones before it; nothing that is made then is an inference tensor,
+    which could not be written to outside of inference mode, or comes from autocast's cache, which is emptied behind the graph's back; all
+    happens on the inputs' device, whichever is current; other threads may go on using the GPU, though not capture.
     """
 
     _capturing = threading.Lock()
@@ -232,19 +195,21 @@ class _Graph:
         autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
         with self._capturing, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), autocast:
             self.inputs = [t.clone() for t in inputs]
-            _steps(world, *self.inputs)
+            store = _lasting(world)  # looked at by the caller
+            with calling(store) as call:
+                call.checked.add(store)
+                _steps(world, *self.inputs)
             self.graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                with (
+                    calling(store) as call,
+                    torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+                ):
+                    call.checked.add(store)
                     self.tokens = _steps(world, *self.inputs)
             except RuntimeError as problem:
                 what = "the steps could not be captured as a CUDA graph; cuda_graph=False launches them one by one"
                 raise RuntimeError(what) from problem
-        # The graph reads packed weights by address: they must live as long as it does, and it is void once they are replaced
-        self.packed = [(m, dict(m._packed)) for m in world.predictor.modules() if isinstance(m, PackedModule)]
-
-    def valid(self) -> bool:
-        return all(m._packed.get(name) is entry for m, entries in self.packed for name, entry in entries.items())
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         for buffer, given in zip(self.inputs, inputs, strict=True):
@@ -253,16 +218,24 @@ class _Graph:
         return self.tokens.clone()
 
 
+def _lasting(world: DeltaWorld) -> Derived | None:
+    """Where the predictor's derived weights are kept beyond a call; None where they are live."""
+    store = store_of(world.predictor)
+    return store if store is not None and store.lasting else None
+
+
 class Graphs:
-    """The captured graphs of one world, the latest :data:`GRAPHS_KEPT`, by shapes; all dropped when weights change.
+    """The captured graphs of one world, the latest :data:`GRAPHS_KEPT`, by shapes.
+
+    A graph of live weights reads the parameters where they lie and derives anew, so it follows what is written to them; it is dropped when
+    one of them, or a module, is put in the place of another or lies elsewhere. A graph of frozen weights ends with what was derived.
 
     They share one pool of memory, as nothing of a replay outlives the call but its result, which is copied. So calls take
     turns: on the host by a lock, on the GPU by an event, whatever streams they come from. Copies and pickles begin empty.
     """
 
     def __init__(self) -> None:
-        self._of: tuple[nn.Module, Weights] | None = None
-        self._stamp: Stamp | None = None
+        self._of: tuple[nn.Module, Snapshot, bool] | None = None
         self._kept: OrderedDict[Any, _Graph] = OrderedDict()
         self._memory: tuple[Any, torch.cuda.Stream] | None = None
         self._done: torch.cuda.Event | None = None
@@ -275,14 +248,16 @@ class Graphs:
         """``_steps`` of the inputs, captured at the first call with their shapes and replayed from then on."""
         with self._lock:
             self._forget_old(world)
-            device = inputs[0].device
-            dtype = compute_dtype(device.type, world.predictor.head.weight.dtype)
-            key = (dtype, torch.get_float32_matmul_precision(), *((tuple(t.shape), t.dtype, t.device) for t in inputs))
+            device, store = inputs[0].device, _lasting(world)
+            check_once(store)  # before a replay, which asks nothing
+            dtype = dtype_for(world.predictor.head, inputs[0])
+            shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
+            key = (None if store is None else store.token, dtype, backend.preferred(), torch.get_float32_matmul_precision(), shapes)
             stream = torch.cuda.current_stream(device)
             if self._done is not None:
                 stream.wait_event(self._done)
             graph = self._kept.pop(key, None)
-            if graph is None or not graph.valid():
+            if graph is None:
                 if not self._kept or self._memory is None:  # a pool ends with the last graph in it
                     self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
                 graph = _Graph(world, inputs, *self._memory)
@@ -293,13 +268,17 @@ class Graphs:
             self._done = stream.record_event()
             return tokens
 
+    def fit(self, world: DeltaWorld) -> bool:
+        """Whether the steps can be captured: all layers of the predictor are plain, for a replay runs no hooks."""
+        with self._lock:
+            self._forget_old(world)
+            return self._of[2]
+
     def _forget_old(self, world: DeltaWorld) -> None:
-        """Drops the graphs of another predictor or of other weights."""
-        if self._of is None or self._of[0] is not world.predictor:
-            self._of = world.predictor, Weights(world.predictor)
-        now = self._of[1].stamp()
-        if now != self._stamp:
-            self._stamp = now
+        """Drops the graphs of another predictor, or of one whose parameters or modules are others or lie elsewhere."""
+        predictor = world.predictor
+        if self._of is None or self._of[0] is not predictor or self._of[1].moved() is not None:
+            self._of = predictor, Snapshot(predictor), all_plain(predictor)
             self._kept.clear()
 
 
@@ -343,7 +322,7 @@ def sample(
     batch, horizon = times.shape
     tokens = like.new_empty((batch, num_samples, horizon, world.predictor.head.out_features))
     at_once = memory_budget // _sample_bytes(world, memory, horizon)
-    captured = cuda_graph and captures(memory.device)
+    captured = cuda_graph and captures(memory.device) and world._graphs.fit(world)
     for clips, samples in portions(batch, num_samples, at_once):
         some = _slice(clips)
         inputs = (keys[:, some], values[:, some], times[some], plan(clips, samples))
@@ -385,45 +364,6 @@ def grid_size(patches: int, size: tuple[int, int] | None, patch_size: int) -> tu
     return height, width
 
 
-def _first_block(block: Block, z: torch.Tensor, x: torch.Tensor, rope: Rope, stream_dtype: torch.dtype, rows: str) -> Residual:
-    """The decoder's first block for tokens z (b,s,D) that all begin at the same x (b,N,D): a Residual of b*s sequences.
-
-    The sequences [z_i ; x] differ in one row, so norm, projections, QK-norm and RoPE are taken of [z_1 .. z_s ; x] once. From the
-    attention on every row differs.
-    """
-    attention, samples, patches = block.attention, z.shape[1], x.shape[1]
-    dtype = compute_dtype(block.norm1.weight.device.type, block.norm1.weight.dtype)
-    (fold1, left1), (fold2, left2) = block._scales(dtype)
-    stream = torch.cat((z.to(stream_dtype), x.to(stream_dtype)), 1)
-    stream, normed = add_and_norm(Residual(stream), block.norm1, dtype)
-
-    def sequences(t: torch.Tensor) -> torch.Tensor:
-        """(b,s+N,...) to (b*s,1+N,...)."""
-        own, shared = t.split((samples, patches), 1)
-        return torch.cat((own[:, :, None], shared[:, None].expand(-1, samples, *shared.shape[1:])), 2).flatten(0, 1)
-
-    q, k, v, gate = attention.project(normed, rope, num_prefix=samples, dtype=dtype)
-    skip = 1 if rows == "rest" else 0
-    mixed = attend(sequences(q)[:, skip:], sequences(k), sequences(v), backend=attention.attention)
-    branch = attention.output(mixed, None if gate is None else sequences(gate)[:, skip:], fold1, dtype)
-    stream, normed = add_and_norm(Residual(sequences(stream)[:, skip:], branch, left1), block.norm2, dtype)
-    return Residual(stream, block.mlp(normed, fold2), left2)
-
-
-def _decode_first(tokenizer: DeltaTok, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """``DeltaTok.decode`` of z (b,s,D), all samples of a clip from the same x (b,N,D): (b,s,N,D)."""
-    if not tokenizer.use_delta:
-        x = tokenizer.xy_embed.weight[0].expand_as(x)
-    dtype = tokenizer.residual_dtype or torch.promote_types(x.dtype, z.dtype)
-    last = len(tokenizer.decoder_blocks) - 1
-    rows = ["rest" if i == last and tokenizer.savings.drop_row else "all" for i in range(last + 1)]
-    entry = _first_block(tokenizer.decoder_blocks[0], z, x, rope, dtype, rows[0])
-    for i, block in enumerate(tokenizer.decoder_blocks[1:], 1):
-        entry = block(entry, rope, num_prefix=1, rows=rows[i])
-    out = entry.add()
-    return (out if tokenizer.savings.drop_row else out[:, 1:]).unflatten(0, z.shape[:2])
-
-
 def _decode_bytes(tokenizer: DeltaTok, features: torch.Tensor) -> int:
     """About what decoding one frame takes."""
     _, patches, width = features.shape
@@ -440,7 +380,7 @@ def decode(
     for clips, samples in portions(batch, count, memory_budget // _decode_bytes(tokenizer, features)):
         z, start = tokens[_slice(clips), _slice(samples)], features[_slice(clips)]
         if len(samples) > 1:
-            x = _decode_first(tokenizer, z[:, :, 0], start, rope)
+            x = tokenizer.decode_samples(z[:, :, 0], start, rope)
         else:
             x = tokenizer.decode(z[:, :, 0], start, rope)[:, None]
         if out is None:

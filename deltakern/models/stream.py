@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deltakern.models import sampling
 from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
 from deltakern.models.validate import check_frames, check_positive
+from deltakern.nn.weights import Derived, Snapshot, StaleCacheError, calling
 
 if TYPE_CHECKING:
     from deltakern.models.deltaworld import DeltaWorld
@@ -17,8 +21,15 @@ if TYPE_CHECKING:
 FIRSTS = ("black", "previous")
 
 
-class StaleCacheError(RuntimeError):
-    """Weights changed after a stream cached what it computed with them."""
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a public method of :class:`Stream`: no gradient, the stream's derived weights, and a look whether they are still right."""
+
+    @functools.wraps(method)
+    def run(self: Stream, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), self._calling():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class Stream:
@@ -35,6 +46,9 @@ class Stream:
     a push (none for pushes that nobody samples after), and the features of the window's frames are kept. ``first="previous"``
     leaves the token as it was made: cheaper, but a context such as the predictor never saw. What :meth:`push` returns is the same
     with both: the tokens of the whole video.
+
+    The stream keeps what it derives from the weights, as frozen ones do, and leaves the world itself as it is, live or frozen. Every call
+    looks whether the weights are those of the first frame, as :mod:`deltakern.nn.weights` says, and raises where they are not.
 
     Args:
         world: in evaluation mode; its weights must not change while the stream holds what they made.
@@ -60,8 +74,8 @@ class Stream:
 
     def reset(self) -> None:
         """Forgets all frames; needed before a new video and after weights changed."""
-        self._weights = sampling.Weights(self.world)
-        self._stamp: sampling.Stamp | None = None
+        self._weights: Snapshot | None = None
+        self._derived = Derived(lasting=True)
         self._count = 0
         self._size: tuple[int, int] | None = None
         self._features: list[torch.Tensor] = []  # (1,N,D) each: the last frame's, or the window's with first="black"
@@ -75,6 +89,7 @@ class Stream:
         return self._count
 
     @property
+    @_guarded
     def tokens(self) -> torch.Tensor:
         """(1,C,D) delta tokens of the window, as sampling would use them, oldest first.
 
@@ -88,7 +103,7 @@ class Stream:
         """Seconds of the window's frames, oldest first."""
         return list(self._times)
 
-    @torch.no_grad()
+    @_guarded
     def push(self, frame: torch.Tensor, timestamp: float | torch.Tensor) -> torch.Tensor:
         """Takes the next frame.
 
@@ -113,7 +128,6 @@ class Stream:
         if self._size not in (None, size):
             raise ValueError(f"frame must be {self._size[0]} x {self._size[1]} as those before, got {size[0]} x {size[1]}; reset() first")
         time = self._checked_time(timestamp)
-        self._check_weights()
 
         features = tokenizer.features(frames)[:, 0]
         before = self._features[-1] if self._features else tokenizer.black_features(frames)
@@ -129,7 +143,7 @@ class Stream:
         self._count += 1
         return token[:, 0]
 
-    @torch.no_grad()
+    @_guarded
     def sample(
         self,
         timestamps: torch.Tensor | list[float],
@@ -178,7 +192,7 @@ class Stream:
             cuda_graph=self.cuda_graph,
         )
 
-    @torch.no_grad()
+    @_guarded
     def rollout(
         self,
         timestamps: torch.Tensor | list[float],
@@ -194,7 +208,7 @@ class Stream:
             decode: as in ``DeltaWorld.rollout``.
             noise: generator, queries, seed or noise, as in :meth:`sample`.
         """
-        tokens = self.sample(timestamps, num_samples, memory_budget=memory_budget, **noise)
+        tokens = type(self).sample.__wrapped__(self, timestamps, num_samples, memory_budget=memory_budget, **noise)
         times = torch.as_tensor(timestamps, dtype=torch.float64).reshape(1, -1)
         last = self._features[-1]
         return self.world._futures(tokens, last, self._size, times, self._window()[0], decode, memory_budget)
@@ -207,19 +221,26 @@ class Stream:
             raise ValueError(f"timestamp must not go backwards, got {time:g} s after {self._times[-1]:g} s; reset() before a new video")
         return time
 
-    def _check_weights(self) -> None:
-        now = self._weights.stamp()
-        if self._count == 0:
-            self._stamp = now
-        elif now != self._stamp:
-            raise StaleCacheError("the model's weights changed since this stream's frames were pushed; call reset() and push them again")
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Within the context, derived weights are the stream's.
 
-    @torch.no_grad()
+        Raises:
+            StaleCacheError: the weights are known not to be those of the first frame.
+        """
+        if self._weights is None or self._count == 0:
+            self._weights, self._derived = Snapshot(self.world), Derived(lasting=True)
+        elif (what := self._weights.changed()) is not None:
+            raise StaleCacheError(
+                f"the model's weights changed since this stream's frames were pushed; call reset() and push them again ({what})"
+            )
+        with calling(self._derived):
+            yield
+
     def _window(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (1,C,D) and their projection (2,L,1,C,H,d)."""
         if self._count == 0:
             raise RuntimeError("no frame was pushed yet; push at least one before sampling")
-        self._check_weights()
         tokens, projected = self._tokens, self._projected
         if self.first == "black" and self._count > self.context:
             if self._anchor is None:

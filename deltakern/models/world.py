@@ -13,8 +13,9 @@ from deltakern import ops
 from deltakern.models.deltatok import Savings
 from deltakern.models.predictor import Predictor
 from deltakern.models.validate import check_frames, check_positive, check_timestamps
-from deltakern.nn import Residual
-from deltakern.nn.product import ROWS_TRAINING
+from deltakern.nn import Residual, StaleCacheError
+from deltakern.nn.product import ROWS_ONE_CALL
+from deltakern.nn.weights import Freezable, Snapshot, one_call, table
 from deltakern.ops.context_attention import temporal_angles as axis_angles  # the same formula on every axis
 
 __all__ = ["World", "axis_angles", "loss_name", "rotate_axes"]
@@ -64,7 +65,7 @@ def loss_name(criterion: nn.Module | None) -> dict[str, Any] | None:
     return None
 
 
-class World(nn.Module, ABC):
+class World(Freezable, ABC):
     """Base of the world models. Subclasses say how queries meet the past."""
 
     def __init__(
@@ -130,6 +131,7 @@ class World(nn.Module, ABC):
         drawn = {} if generator is None else {"generator": generator}  # torch.compile has no dynamic sizes where it is named
         return torch.randn(*shape, self.predictor_hidden_size, device=device, dtype=dtype, **drawn) * self.initializer_range
 
+    @one_call
     def forward(
         self,
         frames: torch.Tensor,
@@ -197,7 +199,21 @@ class World(nn.Module, ABC):
             return queries
         if self.use_bom:
             return self.noise(batch, self.num_samples, 1, device=like.device, dtype=like.dtype, generator=generator)[:, :, 0]
-        return self.q_embed.weight.expand(batch, 1, -1)
+        return table(self.q_embed).expand(batch, 1, -1)
+
+    def _same_weights(self, seen: Snapshot | None) -> Snapshot | None:
+        """The predictor's weights as a rollout's cached keys and values were made with them.
+
+        Raises:
+            StaleCacheError: they are known to have changed since.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        if seen is not None and (what := seen.changed()) is not None:
+            raise StaleCacheError(
+                f"the predictor's weights changed since this rollout's first step; begin again with rollout_init ({what})"
+            )
+        return Snapshot(self.predictor) if seen is None else seen
 
     def _candidate_noise(self, batch: int, groups: int, like: torch.Tensor, generator: torch.Generator | None) -> Iterator[torch.Tensor]:
         """Noise of ``num_samples_train`` candidates, (B,G,k,D) and :data:`NOISE_DRAW` at a time: in memory it does not grow with K."""
@@ -211,7 +227,7 @@ class World(nn.Module, ABC):
         if target.device.type == "cpu" and not torch.compiler.is_compiling():
             rows = max(1, target[..., 0].numel())  # of one candidate
             fitting = CPU_BYTES // (4 * self.predictor.blocks[0].mlp.up_proj.out_features * rows)
-            most = max(1, min(most, max(fitting, -(-ROWS_TRAINING // rows))))
+            most = max(1, min(most, max(fitting, -(-ROWS_ONE_CALL // rows))))
         return -(-count // -(-count // most))  # equal parts
 
     @torch.no_grad()

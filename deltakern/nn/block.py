@@ -1,4 +1,4 @@
-"""The pre-norm transformer block of the backbone and of DeltaTok, wired from ops, under the released parameter names.
+"""The pre-norm transformer block, wired from ops, under the released parameter names: one body for backbone, tokenizer and predictor.
 
 A block is split where its memory-bound passes meet: it returns its residual stream and its last branch *not yet added*
 (:class:`Residual`), so that the next block adds it, scales it and norms the sum in one pass (``ops.residual_norm``). The
@@ -9,19 +9,18 @@ the LayerNorm, so that sharding a model block by block (FSDP), compiling or chec
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from deltakern import backend, ops
-from deltakern.nn import evaluation
 from deltakern.nn.attend import attend, check_backend
-from deltakern.nn.packing import PackedModule, compute_dtype
-from deltakern.nn.product import product
+from deltakern.nn.product import Pair, apply_linear, cast, join, product, value_of
 from deltakern.nn.recompute import Fleeting, apply, check_mode, recomputes
+from deltakern.nn.weights import Freezable, dtype_for, kernels_run, lasts, odd, plain
 
 QK_NORM_ORDERS = ("pre_rope", "post_rope")
 
@@ -60,38 +59,61 @@ class Assembly(NamedTuple):
     mode: str
     stream_dtype: torch.dtype | None = None
 
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor on the sequence's device."""
+        return self.token
 
-def _takes_reference(x: torch.Tensor) -> bool:
-    """Whether the ops take their references for x, which is known at once on a CPU where no kernel was asked for."""
-    return not torch.compiler.is_compiling() and x.is_cpu and backend.preferred() in (None, "reference", "cpp")
+
+class Rows(NamedTuple):
+    """Which rows of a block's tokens make up its sequences, and which of these go on.
+
+    Attributes:
+        keep: "all", "first" (row 0) or "rest" (all but row 0); the others are keys and values and not computed further.
+        samples: s where the tokens (b,s+N,...) stand for b*s sequences [z_i ; x] that differ in their first row alone: what is
+            done before the attention is done once for x.
+    """
+
+    keep: str = "all"
+    samples: int = 0
+
+    def sequences(self, t: torch.Tensor) -> torch.Tensor:
+        """(b,s+N,...) to (b*s,1+N,...); (B,L,...) as it is where no samples share rows."""
+        if not self.samples:
+            return t
+        own, shared = t.split((self.samples, t.shape[1] - self.samples), 1)
+        return torch.cat((own[:, :, None], shared[:, None].expand(-1, self.samples, *shared.shape[1:])), 2).flatten(0, 1)
+
+    def kept(self, t: torch.Tensor) -> torch.Tensor:
+        """The rows of sequences (B,L,...) that go on."""
+        return t if self.keep == "all" else t[:, :1] if self.keep == "first" else t[:, 1:]
 
 
 def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream, and its LayerNorm in ``out_dtype`` (the stream's own when None)."""
+    if not plain(nn.LayerNorm, norm):
+        if isinstance(entry, Assembly):
+            ones = entry.token.new_ones(entry.token.shape[-1:])
+            stream = _assemble(entry, ones, torch.zeros_like(ones), 1e-5, out_dtype)[0]
+        else:
+            stream = entry.add()
+        return stream, norm(stream).to(out_dtype or stream.dtype)
     if isinstance(entry, Assembly):
-        return ops.patch_delta(
-            entry.prev,
-            entry.curr,
-            entry.token,
-            entry.role,
-            norm.weight,
-            norm.bias,
-            mode=entry.mode,
-            eps=norm.eps,
-            out_dtype=out_dtype,
-            stream_dtype=entry.stream_dtype,
-        )
+        return _assemble(entry, norm.weight, norm.bias, norm.eps, out_dtype)
     if entry.branch is None:
-        if _takes_reference(entry.stream):  # as it is: the op's checks cost as much as a small norm
-            weight = norm.weight
-            normed = F.layer_norm(entry.stream.to(weight.dtype), norm.normalized_shape, weight, norm.bias, norm.eps)
-            return entry.stream, normed.to(out_dtype or entry.stream.dtype)
         return entry.stream, ops.layer_norm(entry.stream, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
     return ops.residual_norm(entry.stream, entry.branch, entry.scale, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
 
 
-def norm_again(stream: torch.Tensor, normed: torch.Tensor, norm: nn.LayerNorm) -> Fleeting:
+def _assemble(entry: Assembly, weight: torch.Tensor, bias: torch.Tensor, eps: float, out_dtype: torch.dtype | None):
+    *tensors, mode, stream_dtype = entry
+    return ops.patch_delta(*tensors, weight, bias, mode=mode, eps=eps, out_dtype=out_dtype, stream_dtype=stream_dtype)
+
+
+def norm_again(stream: torch.Tensor, normed: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor | Fleeting:
     """The second of what :func:`add_and_norm` returns, to be made again from the first."""
+    if not plain(nn.LayerNorm, norm):
+        return normed
     made_of = stream, norm.weight, norm.bias
     impl = backend.chosen(ops.layer_norm, *made_of, out_dtype=normed.dtype)
     return Fleeting(normed, functools.partial(ops.layer_norm, eps=norm.eps, out_dtype=normed.dtype, impl=impl), made_of)
@@ -104,17 +126,19 @@ class LayerScale(nn.Module):
         super().__init__()
         self.lambda1 = nn.Parameter(torch.full((width,), float(init)))
 
-
-def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias. A module's attribute is looked up by a call in Python, so the blocks ask for each once."""
-    return linear.weight, linear.bias
-
-
-def as_they_are(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return weight, bias
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D). Blocks call it where it is not plain; else they fold it or leave it to the residual."""
+        return branch * self.lambda1.to(branch.dtype)
 
 
-class MLP(PackedModule):
+def _packs(owner: nn.Module, x: torch.Tensor | Fleeting, *layers: nn.Module) -> bool:
+    """Whether these layers' products of x are to be one: where packing costs nothing (frozen), saves launches, or joins gradients."""
+    if not plain(nn.Linear, *layers):
+        return False
+    return lasts(owner) or kernels_run(value_of(x)) or (torch.is_grad_enabled() and layers[0].weight.requires_grad)
+
+
+class MLP(Freezable):
     """width -> hidden -> width with exact GELU; parameters ``up_proj``, ``down_proj``."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -122,31 +146,23 @@ class MLP(PackedModule):
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
 
-    def forward(
-        self,
-        normed: torch.Tensor | Fleeting,
-        scale: torch.Tensor | None = None,
-        *,
-        recompute: bool = False,
-    ) -> torch.Tensor:
+    def forward(self, normed: torch.Tensor | Fleeting, scale: torch.Tensor | None = None, *, recompute: bool = False) -> torch.Tensor:
         """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection. ``recompute``: the hidden layer is made again in
         the backward."""
-        weight, bias = _parameters(self.up_proj)
-        dtype = compute_dtype(weight.device.type, weight.dtype)
-        up = functools.partial(product, self, "up", (weight, bias), dtype, as_they_are, normed)
-        hidden = apply(ops.gelu, up(), recompute=True) if recompute else up(activation="gelu")
-        return _down(self, hidden, scale, dtype)
+        dtype = dtype_for(self.up_proj, value_of(normed))
+        if recompute:
+            hidden = apply(ops.gelu, apply_linear(self, "up", self.up_proj, normed, dtype), recompute=True)
+        else:
+            hidden = apply_linear(self, "up", self.up_proj, normed, dtype, activation="gelu")
+        return apply_linear(self, "down", self.down_proj, hidden, dtype, scale=scale)
 
-    def for_evaluation(self, scale: torch.Tensor) -> evaluation.GELU:
-        """The same with its residual, see :mod:`deltakern.nn.evaluation`."""
-        return evaluation.GELU(
-            evaluation.Projection(as_they_are, *_parameters(self.up_proj)),
-            evaluation.Projection(fold_scale, *_parameters(self.down_proj), scale),
-        )
+    def groups(self) -> dict[str, tuple[nn.Module, ...]]:
+        """What goes through one product each, by a name for it."""
+        return {"up": (self.up_proj,), "down": (self.down_proj,)}
 
 
-class SwiGLU(PackedModule):
-    """down(silu(gate(x)) * up(x)); parameters ``gate_proj``, ``up_proj``, ``down_proj``, all with bias."""
+class SwiGLU(Freezable):
+    """width -> hidden -> width, gated: down(silu(gate(x)) * up(x)); parameters ``gate_proj``, ``up_proj``, ``down_proj``."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -154,37 +170,30 @@ class SwiGLU(PackedModule):
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
 
-    def forward(
-        self,
-        normed: torch.Tensor | Fleeting,
-        scale: torch.Tensor | None = None,
-        *,
-        recompute: bool = False,
-    ) -> torch.Tensor:
+    def forward(self, normed: torch.Tensor | Fleeting, scale: torch.Tensor | None = None, *, recompute: bool = False) -> torch.Tensor:
         """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection. ``recompute``: the hidden layer is made again in
         the backward."""
-        gate, up = _parameters(self.gate_proj), _parameters(self.up_proj)
-        dtype = compute_dtype(up[0].device.type, up[0].dtype)
-        hidden = apply(ops.swiglu, product(self, "gate_up", (*gate, *up), dtype, join, normed), recompute=recompute)
-        return _down(self, hidden, scale, dtype)
+        gate, up = self.gate_proj, self.up_proj
+        dtype = dtype_for(up, value_of(normed))
+        if _packs(self, normed, gate, up):
+            both = product(self, "gate_up", (gate.weight, gate.bias, up.weight, up.bias), dtype, join, normed)
+        else:
+            both = apply_linear(self, "gate", gate, normed, dtype), apply_linear(self, "up", up, normed, dtype)
+        if not isinstance(both, tuple):
+            hidden = apply(ops.swiglu, both, recompute=recompute)
+        elif kernels_run(both[0]):
+            hidden = apply(ops.swiglu, torch.cat(both, -1), recompute=recompute)
+        else:
+            wide = torch.promote_types(both[0].dtype, torch.float32)
+            hidden = (F.silu(both[0].to(wide)) * both[1].to(wide)).to(both[0].dtype)
+        return apply_linear(self, "down", self.down_proj, hidden, dtype, scale=scale)
 
-    def for_evaluation(self, scale: torch.Tensor) -> evaluation.SwiGLU:
-        """The same with its residual, see :mod:`deltakern.nn.evaluation`."""
-        gate, up = _parameters(self.gate_proj), _parameters(self.up_proj)
-        return evaluation.SwiGLU(
-            evaluation.Projection(as_they_are, *gate),
-            evaluation.Projection(as_they_are, *up),
-            evaluation.Projection(join, *gate, *up),
-            evaluation.Projection(fold_scale, *_parameters(self.down_proj), scale),
-        )
+    def groups(self) -> dict[str, tuple[nn.Module, ...]]:
+        """As :meth:`MLP.groups`."""
+        return {"gate and up": (self.gate_proj, self.up_proj), "down": (self.down_proj,)}
 
 
-def join(*p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and biases, in turn, as one weight and one bias."""
-    return torch.cat(p[::2]), torch.cat(p[1::2])
-
-
-def _pack_qkv(q: torch.Tensor, q_bias: torch.Tensor, k: torch.Tensor, v: torch.Tensor, v_bias: torch.Tensor, *gate: torch.Tensor):
+def _pack_qkv(q: torch.Tensor, q_bias: torch.Tensor, k: torch.Tensor, v: torch.Tensor, v_bias: torch.Tensor, *gate: torch.Tensor) -> Pair:
     """Weight and bias of q, k, v and the gate. Zero rows fill the gate up to a multiple of 16, so that every row of the product begins
     at a multiple of 32 bytes and kernels read its slices 16 bytes at a time."""
     weights, biases = [q, k, v], [q_bias, torch.zeros_like(q_bias), v_bias]
@@ -195,16 +204,7 @@ def _pack_qkv(q: torch.Tensor, q_bias: torch.Tensor, k: torch.Tensor, v: torch.T
     return torch.cat(weights), torch.cat(biases)
 
 
-def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A projection whose output is multiplied by ``scale``: (weight, bias)."""
-    return (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)
-
-
-def _down(mlp: PackedModule, hidden: torch.Tensor | Fleeting, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    return product(mlp, "down", (*_parameters(mlp.down_proj), scale), dtype, fold_scale, hidden)
-
-
-class SelfAttention(PackedModule):
+class SelfAttention(Freezable):
     """Multi-head self-attention with RoPE, optional QK-norm and optional head gate, under the released names.
 
     Parameters: ``k_proj`` (no bias), ``v_proj``, ``q_proj``, ``o_proj``; with ``qk_norm`` the per-head LayerNorms without bias
@@ -233,47 +233,52 @@ class SelfAttention(PackedModule):
         if gated:
             self.attn_gate = nn.Linear(width, heads)
 
-    def norm_weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(q, k) weights of the QK-norm, or Nones."""
+    def norms(self) -> tuple[nn.Module, ...]:
+        """The LayerNorms of q and k; none without QK-norm."""
         if self.qk_norm is None:
-            return None, None
-        if self.qk_norm == "pre_rope":
-            return self.q_norm_prerope.weight, self.k_norm_prerope.weight
-        return self.q_norm.weight, self.k_norm.weight
+            return ()
+        return (self.q_norm_prerope, self.k_norm_prerope) if self.qk_norm == "pre_rope" else (self.q_norm, self.k_norm)
 
-    def _project_together(self, normed: torch.Tensor | Fleeting, dtype: torch.dtype) -> torch.Tensor:
-        """q, k, v and the gate's logits as one product, (B,L,3D [+ H + padding])."""
-        return product(self, "qkv", self._projections(), dtype, _pack_qkv, normed)
+    def _layers(self) -> tuple[nn.Module, ...]:
+        return (self.q_proj, self.k_proj, self.v_proj, *((self.attn_gate,) if self.gated else ()))
 
-    def _projections(self) -> tuple[torch.Tensor, ...]:
-        """The arguments of :func:`_pack_qkv`."""
-        gate = _parameters(self.attn_gate) if self.gated else ()
-        return (*_parameters(self.q_proj), self.k_proj.weight, *_parameters(self.v_proj), *gate)
+    def _turn(self, q: torch.Tensor | None, k: torch.Tensor, rope: Rope, num_prefix: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """RoPE and QK-norm of q and k (B,L,H,d)."""
+        norms, order = self.norms(), self.qk_norm or "pre_rope"
+        if plain(nn.LayerNorm, *norms):
+            weights = [norm.weight for norm in norms] or [None, None]
+            return ops.rope_qk_norm(q, k, *rope, *weights, order=order, num_prefix=num_prefix, eps=self.eps)
+        if order == "pre_rope":
+            q, k = (None if t is None else norm(t).to(t.dtype) for t, norm in zip((q, k), norms, strict=True))
+        q, k = ops.rope_qk_norm(q, k, *rope, None, None, num_prefix=num_prefix, eps=self.eps)
+        if order == "post_rope":
+            q, k = (None if t is None else norm(t).to(t.dtype) for t, norm in zip((q, k), norms, strict=True))
+        return q, k
 
-    def project(
-        self, normed: torch.Tensor, rope: Rope, *, num_prefix: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """q and k, rotated and normed, and v, each (B,L,H,d), and the gate's logits (B,L,H) or None, of tokens (B,L,D)."""
-        return self._split(num_prefix)(self._project_together(normed, dtype), *rope, *self.norm_weights())
+    def _project(self, normed: torch.Tensor | Fleeting, rope: Rope, num_prefix: int, skip: int, recompute: bool):
+        """q, k, v (B,L,H,d), the gate's logits (B,L,H) or None, and how q and k of rows ``skip``.. are made again, or None."""
+        layers, norms = self._layers(), self.norms()
+        dtype = dtype_for(self.q_proj, value_of(normed))
+        if not (_packs(self, normed, *layers) and plain(nn.LayerNorm, *norms)):
+            q, k, v, *gate = (
+                apply_linear(self, name, layer, normed, dtype) for name, layer in zip(("q", "k", "v", "gate"), layers, strict=False)
+            )
+            q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+            return *self._turn(q, k, rope, num_prefix), v, gate[0] if gate else None, None
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        weights = [norm.weight for norm in norms] or [None, None]
+        made_of = product(self, "qkv", parameters, dtype, _pack_qkv, normed), *rope, *weights
+        options = {"heads": self.num_heads, "gated": self.gated, "order": self.qk_norm or "pre_rope", "num_prefix": num_prefix}
+        split, again = functools.partial(ops.split_qkv, **options, eps=self.eps), None
+        if recompute:
+            split = functools.partial(split, impl=backend.chosen(ops.split_qkv, *made_of, **split.keywords))
 
-    def _split(self, num_prefix: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        order = self.qk_norm or "pre_rope"
-        return functools.partial(ops.split_qkv, heads=self.num_heads, gated=self.gated, order=order, num_prefix=num_prefix, eps=self.eps)
+            def make(*made_of: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+                q, k, *_ = split(*made_of)
+                return q[:, skip:], k
 
-    def output(
-        self,
-        mixed: torch.Tensor,
-        gate: torch.Tensor | None,
-        scale: torch.Tensor | None,
-        dtype: torch.dtype,
-        *,
-        recompute: bool = False,
-    ) -> torch.Tensor:
-        """Head gate and output projection of (B,L,H,d), with ``scale`` folded in.
-        ``recompute``: the gated rows are made again in the backward."""
-        opened = mixed if gate is None else apply(ops.head_gate, mixed, gate, recompute=recompute)
-        flat = opened._replace(value=opened.value.flatten(2)) if isinstance(opened, Fleeting) else opened.flatten(2)
-        return product(self, "o", (*_parameters(self.o_proj), scale), dtype, fold_scale, flat)
+            again = make, made_of
+        return *split(*made_of), again
 
     def forward(
         self,
@@ -281,109 +286,137 @@ class SelfAttention(PackedModule):
         rope: Rope,
         *,
         num_prefix: int,
-        skip: int = 0,
+        rows: Rows = Rows(),  # noqa: B008 - immutable
+        fold_value: bool = True,
         scale: torch.Tensor | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
-        """Attention of rows ``skip``.. over all rows.
+        """Attention of some rows over all rows.
 
         Args:
             normed: (B,L,D).
             rope: cosines and sines (N,d), used (L - num_prefix) / N times.
             num_prefix: leading tokens that do not rotate.
-            skip: leading rows whose output nobody reads.
+            rows: the rows that go on, and the sequences that share theirs.
+            fold_value: with ``keep="first"`` the value projection is applied behind the pooling, to one vector a head instead of L
+                tokens; exact, see ``ops.delta_pool``. Row 0 must not rotate: one of the prefix, or a row of cosine 1.
             scale: (D,) folded into the output projection.
             recompute: rotated q and k, and the gated rows, are made again in the backward.
 
         Returns:
-            (B, L - skip, D).
+            (B, rows that go on, D).
         """
-        weight = self.q_proj.weight
-        dtype = compute_dtype(weight.device.type, weight.dtype)
-        made_of = self._project_together(normed, dtype), *rope, *self.norm_weights()
-        split, again = self._split(num_prefix), None
-        if recompute:
-            split = functools.partial(split, impl=backend.chosen(split.func, *made_of, **split.keywords))
-
-            def make(*made_of: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-                q, k, *_ = split(*made_of)
-                return q[:, skip:], k
-
-            again = make, made_of
-        q, k, v, gate = split(*made_of)
-        if skip:
-            q, gate = q[:, skip:], None if gate is None else gate[:, skip:]
-        mixed = attend(q, k, v, backend=self.attention, again=again)
-        return self.output(mixed, gate, scale, dtype, recompute=recompute)
-
-    def first_row(
-        self,
-        normed: torch.Tensor,
-        rope: Rope,
-        *,
-        num_prefix: int,
-        fold_value: bool,
-        scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The output of row 0 alone, (B,1,D): keys of every token, one query; exact, see spec of ``ops.delta_pool``.
-
-        With ``fold_value`` the value projection is applied after the pooling, to one vector a head instead of L tokens.
-        Row 0 must not rotate: one of the ``num_prefix`` tokens, or a row of cosine 1.
-        """
-        dtype = compute_dtype(normed.device.type, self.q_proj.weight.dtype)
-        heads, head = self.num_heads, self.head_dim
-        first = normed[:, 0]
-        q_weight, k_weight = self.norm_weights()
-        parts = (*_parameters(self.q_proj), *_parameters(self.v_proj))
-        q_proj, q_bias, v_proj, v_bias = self.packed("first_row", parts, dtype, lambda *p: p)
-        q = F.linear(first, q_proj, q_bias).unflatten(-1, (heads, head))
-        if q_weight is not None:
-            wide = torch.promote_types(q.dtype, torch.float32)
-            q = F.layer_norm(q.to(wide), (head,), q_weight.to(wide), None, self.eps).to(dtype)
-        k = product(self, "k", (self.k_proj.weight,), dtype, lambda weight: (weight, None), normed).unflatten(-1, (heads, head))
-        _, k = ops.rope_qk_norm(None, k, *rope, None, k_weight, order=self.qk_norm or "pre_rope", num_prefix=num_prefix, eps=self.eps)
-        if fold_value:
-            pooled = ops.delta_pool(normed, q, k, scale=head**-0.5)
-            mixed = torch.einsum("bhc,hdc->bhd", pooled, v_proj.unflatten(0, (heads, head))) + v_bias.view(heads, head)
-            mixed = mixed[:, None]
+        if rows.keep == "first":
+            mixed, gate = self._first_row(normed, rope, num_prefix, fold_value)
         else:
-            v = F.linear(normed, v_proj, v_bias).unflatten(-1, (heads, head))
-            mixed = attend(q[:, None], k, v, backend=self.attention)
-        gate = None
-        if self.gated:
-            gate_weight, gate_bias = self.packed("gate", (self.attn_gate.weight, self.attn_gate.bias), dtype, lambda *p: p)
-            gate = F.linear(first, gate_weight, gate_bias)[:, None]
-        return self.output(mixed.to(dtype), gate, scale, dtype)
+            q, k, v, gate, again = self._project(normed, rope, num_prefix, 1 if rows.keep == "rest" else 0, recompute)
+            q, k, v = rows.kept(rows.sequences(q)), rows.sequences(k), rows.sequences(v)
+            gate = None if gate is None else rows.kept(rows.sequences(gate))
+            mixed = attend(q, k, v, backend=self.attention, again=again)
+        opened = mixed if gate is None else apply(ops.head_gate, mixed, gate, recompute=recompute and rows.keep != "first")
+        flat = opened._replace(value=opened.value.flatten(2)) if isinstance(opened, Fleeting) else opened.flatten(2)
+        return apply_linear(self, "o", self.o_proj, flat, dtype_for(self.o_proj, mixed), scale=scale)
 
-    def for_evaluation(self, scale: torch.Tensor) -> tuple[evaluation.Attention, evaluation.FirstRow]:
-        """The same with its residual, and :meth:`first_row`, see :mod:`deltakern.nn.evaluation`."""
-        weights = self.norm_weights()
-        turn = (self.num_heads, self.head_dim, self.qk_norm or "pre_rope", self.eps)
-        out = evaluation.Projection(fold_scale, *_parameters(self.o_proj), scale)
-        rows = evaluation.Attention(
-            evaluation.Projection(_pack_qkv, *self._projections()),
-            out,
-            evaluation.Turn(weights, *turn),
-            gated=self.gated,
-            backend=self.attention,
-        )
-        v, v_bias = _parameters(self.v_proj)
-        gate = _parameters(self.attn_gate) if self.gated else ()
-        first = evaluation.FirstRow(
-            evaluation.Projection(join, *_parameters(self.q_proj), *gate),
-            evaluation.Projection(as_they_are, self.k_proj.weight, None),
-            v.unflatten(0, (self.num_heads, self.head_dim)),
-            v_bias.unflatten(0, (self.num_heads, 1, self.head_dim)),
-            out,
-            weights[0],
-            evaluation.Turn(weights[1:], *turn),
-            gated=self.gated,
-        )
-        return rows, first
+    def _first_row(self, normed: torch.Tensor, rope: Rope, num_prefix: int, fold_value: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Row 0 of the attention, (B,1,H,d), and its gate's logits (B,1,H) or None: keys of every token, one query."""
+        dtype, heads, norms = dtype_for(self.q_proj, normed), self.num_heads, self.norms()
+        first = normed[:, :1]
+        q = apply_linear(self, "q", self.q_proj, first, dtype).unflatten(-1, (heads, -1))
+        if norms:
+            weighted = plain(nn.LayerNorm, norms[0])
+            q = ops.layer_norm(q, norms[0].weight, None, eps=self.eps) if weighted else norms[0](q).to(dtype)
+        k = apply_linear(self, "k", self.k_proj, normed, dtype).unflatten(-1, (heads, -1))
+        if norms and not plain(nn.LayerNorm, norms[1]):
+            k = self._turn(torch.zeros_like(k), k, rope, num_prefix)[1]
+        else:
+            weight, order = norms[1].weight if norms else None, self.qk_norm or "pre_rope"
+            k = ops.rope_qk_norm(None, k, *rope, None, weight, order=order, num_prefix=num_prefix, eps=self.eps)[1]
+        if fold_value and plain(nn.Linear, self.v_proj):
+            weight, bias = cast(self, "v", (self.v_proj.weight, self.v_proj.bias), dtype)
+            pooled = ops.delta_pool(normed, q[:, 0], k, scale=self.head_dim**-0.5)
+            mixed = torch.einsum("bhc,hdc->bhd", pooled, weight.unflatten(0, (heads, -1))) + bias.view(heads, -1)
+            mixed = mixed[:, None].to(dtype)
+        else:
+            v = apply_linear(self, "v", self.v_proj, normed, dtype).unflatten(-1, (heads, -1))
+            mixed = attend(q, k, v, backend=self.attention)
+        return mixed, apply_linear(self, "gate", self.attn_gate, first, dtype) if self.gated else None
+
+    def groups(self) -> dict[str, tuple[nn.Module, ...]]:
+        """As :meth:`MLP.groups`; with the norms of q and k, which the op after it takes."""
+        return {"q, k, v and gate": (*self._layers(), *self.norms()), "output": (self.o_proj,)}
 
 
-class Block(PackedModule):
+class TransformerBlock(nn.Module):
     """Pre-norm block: norm1, attention, layer_scale1, residual; norm2, mlp, layer_scale2, residual.
+
+    Args:
+        attention: called with the normed rows and whatever this block is called with; :class:`SelfAttention` or the predictor's.
+        mlp: :class:`MLP` or :class:`SwiGLU`.
+        width: D.
+        layer_scale_init: initial LayerScale.
+        eps: of both LayerNorms.
+        recompute: see :class:`Block`.
+        folds: LayerScale is folded into the projection before it in training, so that no branch is kept for its gradient. Frozen, it
+            always is; not in float16, where a scale of 1e-5 would take the weights below the smallest number.
+    """
+
+    def __init__(
+        self, attention: nn.Module, mlp: nn.Module, width: int, *, layer_scale_init: float, eps: float, recompute: str, folds: bool
+    ) -> None:
+        super().__init__()
+        self.recompute, self.folds = check_mode(recompute), folds
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = attention
+        self.layer_scale1 = LayerScale(width, layer_scale_init)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = mlp
+        self.layer_scale2 = LayerScale(width, layer_scale_init)
+
+    def forward(self, entry: Residual | Assembly, *context: Any, rows: str = "all", samples: int = 0, **options: Any) -> Residual:
+        """One block.
+
+        Args:
+            entry: the stream and the branch that the block before left to add, or what the first block assembles.
+            context, options: the attention's own arguments: for :class:`SelfAttention` ``rope``, ``num_prefix`` and ``fold_value``,
+                for the predictor's ``memory``, ``rotate`` and ``mix``.
+            rows: which rows of the stream go on: "all", "first" (row 0) or "rest" (all but row 0). The others are used as
+                keys and values and not computed further.
+            samples: of sequences that share all rows but their first, see :class:`Rows`.
+
+        Returns:
+            The stream and the MLP's branch.
+        """
+        norm1, norm2, which = self.norm1, self.norm2, Rows(rows, samples)
+        like = entry.stream if isinstance(entry, Residual) else entry.like
+        dtype = dtype_for(norm1, like)
+        recompute = recomputes(self.recompute, like.device.type)
+        stream, normed = add_and_norm(entry, norm1, dtype)
+        if recompute and rows != "first":
+            normed = norm_again(stream, normed, norm1)
+        fold, left = self._scale(self.layer_scale1, self.attention, dtype)
+        branch = self._scaled(self.layer_scale1, self.attention(normed, *context, rows=which, scale=fold, recompute=recompute, **options))
+        stream, normed = add_and_norm(Residual(which.kept(which.sequences(stream)), branch, left), norm2, dtype)
+        if recompute:
+            normed = norm_again(stream, normed, norm2)
+        fold, left = self._scale(self.layer_scale2, self.mlp, dtype)
+        branch = self._scaled(self.layer_scale2, self.mlp(normed, fold, recompute=recompute))
+        # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
+        return Residual(stream, branch, None if left is None else left.clone())
+
+    def _scale(self, scale: nn.Module, part: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The LayerScale to be folded into a part's last projection, and the one left to the residual: one of the two, or none where
+        the LayerScale is called as a module."""
+        if not plain(LayerScale, scale):
+            return None, None
+        folds = lasts(part) or (self.folds and torch.is_grad_enabled() and scale.lambda1.requires_grad)
+        return (scale.lambda1, None) if folds and dtype != torch.float16 else (None, scale.lambda1)
+
+    def _scaled(self, scale: nn.Module, branch: torch.Tensor) -> torch.Tensor:
+        return branch if plain(LayerScale, scale) else scale(branch)
+
+
+class Block(TransformerBlock):
+    """The block of the backbone and of DeltaTok.
 
     Args:
         width, heads, hidden: D, attention heads, and the MLP's hidden size.
@@ -397,9 +430,6 @@ class Block(PackedModule):
             k (with SDPA's flash attention), the gated attention, the MLP's hidden layer; gradients keep their bits. "none" keeps
             them all. "auto" is "cheap" where kernels run (a GPU, or Triton's interpreter) and "none" on a CPU with reference ops.
             Under torch.compile its partitioner decides.
-
-    LayerScale is folded into the projection before it, so that no branch is kept for its gradient; not in float16, where a
-    scale of 1e-5 would take the weights below the smallest number.
     """
 
     def __init__(
@@ -416,94 +446,62 @@ class Block(PackedModule):
         attention: str = "auto",
         recompute: str = "auto",
     ) -> None:
-        super().__init__()
-        self.recompute = check_mode(recompute)
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attention = SelfAttention(width, heads, qk_norm=qk_norm, gated=gated, eps=eps, attention=attention)
-        self.layer_scale1 = LayerScale(width, layer_scale_init)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = SwiGLU(width, hidden) if swiglu else MLP(width, hidden)
-        self.layer_scale2 = LayerScale(width, layer_scale_init)
+        super().__init__(
+            SelfAttention(width, heads, qk_norm=qk_norm, gated=gated, eps=eps, attention=attention),
+            SwiGLU(width, hidden) if swiglu else MLP(width, hidden),
+            width,
+            layer_scale_init=layer_scale_init,
+            eps=eps,
+            recompute=recompute,
+            folds=True,
+        )
 
-    def _scales(self, dtype: torch.dtype) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], ...]:
-        """For each branch (folded into its projection, left to the residual): exactly one of the two is the LayerScale."""
-        scales = self.layer_scale1.lambda1, self.layer_scale2.lambda1
-        return tuple((None, s) if dtype == torch.float16 else (s, None) for s in scales)
 
-    def forward(
-        self,
-        entry: Residual | Assembly,
-        rope: Rope,
-        *,
-        num_prefix: int,
-        rows: str = "all",
-        fold_value: bool = True,
-    ) -> Residual:
-        """One block.
+def _kind(layer: nn.Module) -> type[nn.Module] | None:
+    """The class whose plain instances a block reads the parameters of, and does not call."""
+    return next((kind for kind in (nn.Linear, nn.LayerNorm, LayerScale) if isinstance(layer, kind)), None)
 
-        Args:
-            entry: the stream and the branch that the block before left to add, or what the first block assembles.
-            rope: cosines and sines (N,d).
-            num_prefix: leading tokens that do not rotate.
-            rows: which rows of the stream go on: "all", "first" (row 0) or "rest" (all but row 0). The others are used as
-                keys and values and not computed further.
-            fold_value: with rows="first", see :meth:`SelfAttention.first_row`.
 
-        Returns:
-            The stream and the MLP's branch, or their sum on the way of :mod:`deltakern.nn.evaluation`.
-        """
-        if fold_value and (out := self._evaluated(entry, rope, num_prefix, rows)) is not None:
-            return Residual(out)
-        norm1, norm2 = self.norm1, self.norm2
-        weight = norm1.weight
-        dtype = compute_dtype(weight.device.type, weight.dtype)
-        (fold1, left1), (fold2, left2) = self._scales(dtype)
-        recompute = recomputes(self.recompute, weight.device.type)
-        stream, normed = add_and_norm(entry, norm1, dtype)
-        if rows == "first":
-            stream = stream[:, :1]
-            branch = self.attention.first_row(normed, rope, num_prefix=num_prefix, fold_value=fold_value, scale=fold1)
-        else:
-            skip = 1 if rows == "rest" else 0
-            if recompute:
-                normed = norm_again(stream, normed, norm1)
-            stream = stream[:, skip:] if skip else stream
-            branch = self.attention(normed, rope, num_prefix=num_prefix, skip=skip, scale=fold1, recompute=recompute)
-        stream, normed = add_and_norm(Residual(stream, branch, left1), norm2, dtype)
-        if recompute:
-            normed = norm_again(stream, normed, norm2)
-        # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
-        return Residual(stream, self.mlp(normed, fold2, recompute=recompute), None if left2 is None else left2.clone())
+def all_plain(module: nn.Module) -> bool:
+    """Whether calling ``module`` is nothing but what its plain layers compute: no hooks, nothing unknown, no forward put in its place."""
+    for part in module.modules():
+        kind = _kind(part)
+        if odd(part, kind or type(part)) or (kind is None and next(part.children(), None) is None):
+            return False
+    return True
 
-    def _evaluated(self, entry: Residual | Assembly, rope: Rope, num_prefix: int, rows: str) -> torch.Tensor | None:
-        """The block as a straight line, see :mod:`deltakern.nn.evaluation`; None where that is not for this block or these arguments."""
-        if isinstance(entry, Residual):
-            x = entry.stream
-            if not evaluation.straight(x) or x.ndim != 3:
-                return None
-            length = x.shape[1]
-        else:
-            x = entry.curr if entry.prev is None else entry.prev
-            if not evaluation.straight(x) or x.ndim != 3 or entry.stream_dtype not in (None, torch.float32):
-                return None
-            length = 1 + x.shape[1] * (2 if entry.mode == "pair" else 1)
-            if any(t is not None and t.dtype != torch.float32 for t in (entry.curr, entry.token, entry.role)):
-                return None
-        norm1, attention, norm2, mlp = self.norm1, self.attention, self.norm2, self.mlp
-        settings = norm1.eps, getattr(attention, "eps", None), getattr(attention, "attention", None), norm2.eps
-        line = evaluation.of(self, self._evaluation, attention, mlp, settings=settings)
-        if line is None or not line.fits(length, x.shape[2], rope, num_prefix):
-            return None
-        if isinstance(entry, Assembly):
-            return line(*add_and_norm(entry, norm1, torch.float32), rope, num_prefix, rows)
-        stream = x if entry.branch is None else entry.add()
-        return line(stream, F.layer_norm(stream, *line.norm1), rope, num_prefix, rows)
 
-    def _evaluation(self) -> evaluation.Evaluation | None:
-        """None where parts of it are others than this module's."""
-        if type(self.attention) is not SelfAttention or type(self.mlp) not in (MLP, SwiGLU):
-            return None
-        if any(w is not None and w.shape != (self.attention.head_dim,) for w in self.attention.norm_weights()):
-            return None  # the ops say what is wrong
-        rows, first_row = self.attention.for_evaluation(self.layer_scale1.lambda1)
-        return evaluation.Evaluation(self.norm1, rows, first_row, self.norm2, self.mlp.for_evaluation(self.layer_scale2.lambda1))
+class BlockExplanation(NamedTuple):
+    """Which way every part of a block goes, and why. ``str()`` of it is a line a part."""
+
+    parts: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{part}: {way}" for part, way in self.parts.items())
+
+
+def explain(block: TransformerBlock) -> BlockExplanation:
+    """Says of every part of a block whether its weights are read, live or frozen, or its modules called, and which one asks for that.
+
+    Raises:
+        TypeError: no block of this package.
+    """
+    if not isinstance(block, TransformerBlock):
+        raise TypeError(f"explain: expected a deltakern.nn.Block or a predictor's block, got {type(block).__name__}")
+
+    names = {module: name for name, module in block.named_modules()}
+
+    def way(layers: tuple[nn.Module, ...], otherwise: str) -> str:
+        for layer in layers:
+            if why := odd(layer, _kind(layer) or nn.Linear):
+                return f"modules are called, because {names[layer]} {why}"
+        return otherwise
+
+    found = {}
+    for part, norm, scale in ((block.attention, block.norm1, block.layer_scale1), (block.mlp, block.norm2, block.layer_scale2)):
+        frozen = getattr(part, "_frozen", None) is not None
+        found[names[norm]] = way((norm,), "weights are read at every use")
+        for name, layers in part.groups().items():
+            found[f"{names[part]}, {name}"] = way(layers, "frozen: derived once" if frozen else "live: weights are read at every use")
+        found[names[scale]] = way((scale,), "frozen: folded into the projection" if frozen else "live: read at every use")
+    return BlockExplanation(found)

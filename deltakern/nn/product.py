@@ -1,23 +1,28 @@
-"""Products with the weights that a module packs, and what may follow them in the same pass.
+"""Products with live or frozen weights: the one place where a linear layer is computed.
 
-Where nothing needs a gradient, float32 products on a CPU go to oneDNN with the weight reordered once and kept, in place of the
-packed one: torch's own product reorders the weight at every call, and through MKL takes half of the machine's rate on processors that
-are not Intel's. oneDNN's product also applies an activation, multiplies by or adds a second tensor before it writes its result,
-which saves the passes over memory that these cost by themselves. Everywhere else it is ``F.linear`` and the ops.
+A plain ``nn.Linear`` is read: its weight is cast to the dtype of the computation, packed with its neighbours' or has a LayerScale folded
+in, see :mod:`deltakern.nn.weights` for how long that is kept. Anything else (an adapter, a quantised weight, a hook, a parametrisation)
+is called as the module that it is.
+
+Float32 products without gradient on a CPU go to oneDNN with the weight reordered, a form of a frozen weight: torch's own product reorders
+the weight at every call, and through MKL takes half of the machine's rate on processors that are not Intel's.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from deltakern import backend, ops
-from deltakern.nn.packing import PackedModule
-from deltakern.nn.recompute import Fleeting, linear
+from deltakern.nn.recompute import Fleeting, recomputed_linear
+from deltakern.nn.weights import Parameters, derived, plain, store_of
+
+Pair = tuple[torch.Tensor, torch.Tensor | None]
 
 WORTHWHILE = 9 << 17
 """Multiply-adds from which oneDNN's product is faster than MKL's for all its dearer call, where MKL leaves AVX-512 unused: on AMD's
@@ -28,8 +33,8 @@ WORTHWHILE_WEIGHT = 1 << 18
 """Elements of a weight from which it is so on the others, up to ``FEW_ROWS`` rows, for which MKL reorders what no cache holds, or where
 the result is wider than x. Measured on a Zen 3, which has AVX2."""
 FEW_ROWS = 192
-ROWS_TRAINING = 1024
-"""Rows from which reordering pays in training, where the weights are others at every step."""
+ROWS_ONE_CALL = 1024
+"""Rows from which reordering pays for one call, where weights are live."""
 
 
 class Processor(NamedTuple):
@@ -72,31 +77,22 @@ def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
         and x.dtype == dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._get_tracing_state()
         and backend.preferred() in (None, "reference", "cpp")
         and available()
     )
 
 
-def fuses(
-    module: PackedModule,
-    x: torch.Tensor,
-    parameters: Sequence[torch.Tensor | None],
-    dtype: torch.dtype,
-    activation: str = "none",
-) -> bool:
-    """Whether the product of x (...,D) with what is packed from ``parameters`` goes to oneDNN, and what follows it with it."""
+def reorders(owner: nn.Module, x: torch.Tensor, parameters: Parameters, dtype: torch.dtype, activation: str = "none") -> bool:
+    """Whether the product of x (...,D) with what is derived from ``parameters`` goes to oneDNN, and what follows it with it."""
     if not evaluates(x, dtype):
         return False
-    rows = x.numel() // x.shape[-1]
-    if rows < (ROWS_TRAINING if module.training else 1):
+    store, rows = store_of(owner), x.numel() // x.shape[-1]
+    if store is None or (not store.lasting and rows < ROWS_ONE_CALL):
         return False
-    packed = 0  # elements; a plain loop, because this stands before every product
-    for parameter in parameters:
-        if parameter is not None:
-            if parameter.is_inference():
-                return False
-            packed += parameter.numel()
-    return takes(rows, x.shape[-1], packed, activation != "none")
+    elements = sum(p.numel() for p in parameters if p is not None and p.ndim == 2)
+    return takes(rows, x.shape[-1], elements, activation != "none")
 
 
 def reorder(weight: torch.Tensor) -> torch.Tensor:
@@ -104,21 +100,42 @@ def reorder(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
 
-def pointwise(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str = "none", other: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The product with a reordered weight; ``then`` "none", "gelu" (exact), "swish", or with ``other`` (...,E) "add" or "mul"."""
-    if other is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, then)
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str = "none") -> torch.Tensor:
+    """The product with a reordered weight; ``then`` "none" or "gelu" (exact)."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, then, [], "none" if then == "gelu" else "")
 
 
+def as_they_are(weight: torch.Tensor, bias: torch.Tensor | None) -> Pair:
+    return weight, bias
+
+
+def join(*p: torch.Tensor) -> Pair:
+    """Weights and biases, in turn, as one weight and one bias."""
+    return torch.cat(p[::2]), torch.cat(p[1::2])
+
+
+def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor) -> Pair:
+    """A projection whose output is multiplied by ``scale``: (weight, bias)."""
+    return weight * scale[:, None], bias * scale
+
+
+def cast(owner: nn.Module, name: str, parameters: Parameters, dtype: torch.dtype, build: Callable[..., Pair] = as_they_are) -> Pair:
+    """``build(*parameters)``, weight (E,D) and bias (E,) or None, in ``dtype``."""
+    if build is as_they_are and all(p is None or p.dtype == dtype for p in parameters):
+        return build(*parameters)
+
+    def make() -> Pair:
+        return tuple(None if t is None else t.to(dtype) for t in build(*parameters))
+
+    return derived(owner, (name, dtype), parameters, make)
+
+
 def product(
-    module: PackedModule,
+    owner: nn.Module,
     name: str,
-    parameters: Sequence[torch.Tensor | None],
+    parameters: Parameters,
     dtype: torch.dtype,
-    build: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    build: Callable[..., Pair],
     x: torch.Tensor | Fleeting,
     *,
     activation: str = "none",
@@ -126,7 +143,7 @@ def product(
     """``activation(x W^T + b)``.
 
     Args:
-        module: keeps what is derived from ``parameters``, under ``name``.
+        owner: whose weights are live or frozen; what is derived from them goes by ``name`` there.
         parameters: what weight and bias are made of.
         dtype: of the product.
         build: takes the parameters and returns weight (E,D) and bias (E,) or None.
@@ -137,14 +154,38 @@ def product(
         (...,E).
     """
     if isinstance(x, Fleeting):
-        return linear(x, *module.packed(name, parameters, dtype, build))
-    if not fuses(module, x, parameters, dtype, activation):
-        if activation == "gelu":
-            return ops.gelu(product(module, name, parameters, dtype, build, x))
-        return F.linear(x, *module.packed(name, parameters, dtype, build))
+        return recomputed_linear(x, *cast(owner, name, parameters, dtype, build))
+    if reorders(owner, x, parameters, dtype, activation):
 
-    def reordered(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, bias = build(*given)
-        return reorder(weight), bias
+        def make() -> Pair:
+            weight, bias = build(*parameters)
+            return reorder(weight), bias
 
-    return pointwise(x, *module.packed(f"{name}, reordered", parameters, dtype, reordered), activation)
+        return pointwise(x, *derived(owner, (name, "reordered"), parameters, make), activation)
+    out = F.linear(x, *cast(owner, name, parameters, dtype, build))
+    return ops.gelu(out) if activation == "gelu" else out
+
+
+def value_of(x: torch.Tensor | Fleeting) -> torch.Tensor:
+    """The tensor itself."""
+    return x.value if isinstance(x, Fleeting) else x
+
+
+def apply_linear(
+    owner: nn.Module,
+    name: str,
+    layer: nn.Module,
+    x: torch.Tensor | Fleeting,
+    dtype: torch.dtype,
+    *,
+    scale: torch.Tensor | None = None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """``activation(scale * layer(x))`` of one layer (...,D) -> (...,E), ``scale`` (E,) folded into it where that can be."""
+    if not plain(nn.Linear, layer):
+        out = layer(value_of(x))
+        out = out if scale is None else out * scale.to(out.dtype)
+        return ops.gelu(out) if activation == "gelu" else out
+    if scale is None:
+        return product(owner, name, (layer.weight, layer.bias), dtype, as_they_are, x, activation=activation)
+    return product(owner, f"{name}, scaled", (layer.weight, layer.bias, scale), dtype, fold_scale, x, activation=activation)

@@ -2,7 +2,7 @@
 
 The gradient of a product's weight needs the product's input. Where that is a LayerNorm, an activation or a gate, what it was made
 of is kept anyway, for its own gradient, and one pass over memory makes it again: a :class:`Fleeting` tensor is passed to
-:func:`linear` in its place. The same kernels on the same values, so the same bits. Only in eager mode: under torch.compile the
+:func:`recomputed_linear` in its place. The same kernels on the same values, so the same bits. Only in eager mode: under torch.compile the
 partitioner decides what is kept.
 """
 
@@ -41,6 +41,8 @@ def recomputes(mode: str, device_type: str) -> bool:
     a pass over it short; with the reference ops of a CPU it is neither."""
     if mode == "none" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
+    if torch._C._are_functorch_transforms_active():  # whose gradients are the references'
+        return False
     return mode == "cheap" or device_type == "cuda" or backend.preferred() == "triton"
 
 
@@ -57,10 +59,8 @@ def sources(tensors: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | No
     return tuple(None if t is None else t.detach() for t in tensors)
 
 
-def linear(x: torch.Tensor | Fleeting, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``F.linear``, which keeps the sources of a fleeting ``x`` and not ``x``."""
-    if not isinstance(x, Fleeting):
-        return F.linear(x, weight, bias)
+def recomputed_linear(x: Fleeting, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear``, which keeps the sources of ``x`` and not ``x``."""
     return _Linear.apply(x.value, weight, bias, x.make, *sources(x.sources))
 
 

@@ -13,7 +13,6 @@ from deltakern.ops.gelu import gelu
 from deltakern.ops.head_gate import head_gate
 from deltakern.ops.layer_norm import layer_norm
 from deltakern.ops.patch_delta import patch_delta
-from deltakern.ops.predictor_step import predictor_step
 from deltakern.ops.recon_loss import recon_loss
 from deltakern.ops.residual_norm import residual_norm
 from deltakern.ops.rope_qk_norm import rope_qk_norm
@@ -30,7 +29,6 @@ __all__ = [
     "head_gate",
     "layer_norm",
     "patch_delta",
-    "predictor_step",
     "recon_loss",
     "residual_norm",
     "rope_qk_norm",

@@ -78,7 +78,7 @@ def register(schema: str, runs: dict[str, Callable[..., Any]], *, fake: Callable
 _counters: list[Counter[str]] = []
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, cooperative: bool = False, **constexprs: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, **constexprs: Any) -> None:
     """Starts a kernel: every launch of the package goes through here. An empty grid starts nothing.
 
     Args:
@@ -86,7 +86,6 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, cooperati
         grid: number of programs along each axis.
         tile: gives ``num_warps`` and ``num_stages``; its sizes are passed by the caller as the kernel's constants.
         args: the kernel's run-time arguments, positional, a tensor first.
-        cooperative: all programs must run at the same time, because they wait for one another; the driver refuses a grid that cannot.
         constexprs: its compile-time arguments.
     """
     if 0 in grid:
@@ -96,9 +95,8 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, cooperati
     device = args[0].device
     # Triton launches on the current device, whatever the tensors are on
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    options = {"launch_cooperative_grid": True} if cooperative else {}
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](*args, **constexprs, **options, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        kernel[grid](*args, **constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 @contextlib.contextmanager
@@ -121,11 +119,6 @@ def _properties(index: int) -> tuple[int, int]:
 def architecture(device: torch.device) -> int:
     """90 for sm_90; 0 where the interpreter runs."""
     return _properties(device.index)[0] if device.type == "cuda" else 0
-
-
-def processors(device: torch.device) -> int:
-    """Programs that run at the same time at one a processor; one where the interpreter runs, which takes one after the other."""
-    return _properties(device.index)[1] if device.type == "cuda" else 1
 
 
 def programs(device: torch.device, tile: Tile, tiles: int) -> int:

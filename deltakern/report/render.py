@@ -455,6 +455,7 @@ COLOURS = {
     stages.RELEASE_COMPILED: "#f97316",
     stages.REFERENCE: "#06b6d4",
     stages.OURS: "#3b82f6",
+    stages.LIVE: "#a855f7",
     stages.OURS_COMPILED: "#a855f7",
     stages.ONE_FUTURE: "#10b981",
     "reference": "#8b95a1",

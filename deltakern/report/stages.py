@@ -29,8 +29,9 @@ from deltakern.report.latency import Call
 
 RELEASE, RELEASE_COMPILED = "release (eager)", "release (torch.compile)"
 REFERENCE, OURS, OURS_COMPILED = "deltakern (reference ops)", "deltakern", "deltakern (torch.compile)"
-ONE_FUTURE = "deltakern, one future decoded"
-IMPLEMENTATIONS = (RELEASE, RELEASE_COMPILED, REFERENCE, OURS, OURS_COMPILED, ONE_FUTURE)
+LIVE, ONE_FUTURE = "deltakern, live weights", "deltakern, one future decoded"
+IMPLEMENTATIONS = (RELEASE, RELEASE_COMPILED, REFERENCE, OURS, LIVE, OURS_COMPILED, ONE_FUTURE)
+"""OURS and what derives from it run inference with frozen weights, everything else with live ones."""
 CONTEXT, HORIZON = 4, 3
 
 
@@ -147,6 +148,7 @@ class Models:
             self.release.load_state_dict(self.ours.state_dict())
             self.release.eval()
         self.ours.eval()
+        self.frozen = deltakern.freeze(copy.deepcopy(self.ours))
         generator = torch.Generator().manual_seed(seed)
         frames = torch.randint(0, 256, (batch, preset.clip, 3, preset.pixels, preset.pixels), generator=generator, dtype=torch.uint8)
         self.frames = frames.to(device)
@@ -184,16 +186,25 @@ class Models:
         return run
 
     def _calls(
-        self, release: Callable[[Any], torch.Tensor], ours: Callable[[Any], torch.Tensor], *, wanted: tuple[str, ...], twin: Any = None
+        self,
+        release: Callable[[Any], torch.Tensor],
+        ours: Callable[[Any], torch.Tensor],
+        *,
+        wanted: tuple[str, ...],
+        twin: Any = None,
+        live: bool = False,
     ) -> dict[str, Call]:
-        calls = {}
+        """``live``: a stage of training, whose weights are never frozen."""
+        calls, inference = {}, self.ours if live else self.frozen
         if self.release is not None:
             calls[RELEASE] = self._call(lambda: release(self.release))
             if twin is not None:
                 calls[RELEASE_COMPILED] = self._call(lambda: release(twin))
         if kernels_differ(self.device):
-            calls[REFERENCE] = self._call(lambda: ours(self.ours), impl="reference")
-        calls[OURS] = self._call(lambda: ours(self.ours))
+            calls[REFERENCE] = self._call(lambda: ours(inference), impl="reference")
+        calls[OURS] = self._call(lambda: ours(inference))
+        if not live:
+            calls[LIVE] = self._call(lambda: ours(self.ours))
         if OURS_COMPILED in wanted:
             compiled = torch.compile(lambda: ours(self.ours))
             calls[OURS_COMPILED] = self._call(compiled)
@@ -207,9 +218,10 @@ class Models:
         counts: tuple[int, int],
         wanted: tuple[str, ...],
         twin: Any,
+        live: bool,
         **shape: Any,
     ) -> Stage:
-        calls = self._calls(release, ours, wanted=wanted, twin=twin)
+        calls = self._calls(release, ours, wanted=wanted, twin=twin, live=live)
         return Stage(name, calls, {impl: counts[0] if impl in (RELEASE, RELEASE_COMPILED) else counts[1] for impl in calls}, shape)
 
     def _training(
@@ -274,8 +286,8 @@ class Models:
         elementwise = self.module.smooth_l1 if self.module else None
         log_cosh = self.module.log_cosh if self.module else None
 
-        def plain(name, release, ours, counts, **shape):
-            return name, lambda: self._stage(name, release, ours, counts, wanted, twin, **shape)
+        def plain(name, release, ours, counts, live=False, **shape):
+            return name, lambda: self._stage(name, release, ours, counts, wanted, twin, live, **shape)
 
         def batched(name, release, ours, counts, **shape):
             return plain(name, release, ours, tuple(self.batch * c for c in counts), batch=self.batch, **shape)
@@ -336,7 +348,7 @@ class Models:
                 (flops.sample(sizes, **ahead, horizon=1, cached=False), flops.sample(sizes, **ahead, horizon=1)),
                 **one,
             ),
-            batched("candidate search", search, search, (searched, searched), frames=preset.clip, candidates=preset.candidates),
+            batched("candidate search", search, search, (searched, searched), live=True, frames=preset.clip, candidates=preset.candidates),
             plain(
                 "token-space sample",
                 lambda w: w.sample(context, ahead_times, HORIZON, self.noise),
@@ -387,7 +399,7 @@ class Models:
         )
         if ONE_FUTURE in wanted:
             calls[ONE_FUTURE] = self._call(
-                lambda: self.ours.rollout(frames[:, :CONTEXT], times, HORIZON, preset.samples, decode=[0], **ours).features
+                lambda: self.frozen.rollout(frames[:, :CONTEXT], times, HORIZON, preset.samples, decode=[0], **ours).features
             )
         every = {"context": CONTEXT, "horizon": HORIZON, "samples": preset.samples}
         release = flops.rollout(*at, **every) + unseen
@@ -400,7 +412,7 @@ class Models:
         """One frame of a camera: a backbone pass, an encode, the window's caches rolled on. The release has nothing like it."""
         calls = {}
         if OURS in wanted:
-            stream, clock = self.ours.stream(CONTEXT), itertools.count()
+            stream, clock = self.frozen.stream(CONTEXT), itertools.count()
             frame = self.frames[0, 0]
             calls[OURS] = self._call(lambda: stream.push(frame, 0.2 * next(clock)))
         return Stage("streamed frame", calls, dict.fromkeys(calls, flops.backbone(*at) + flops.encode(*at, last_block="folded")))

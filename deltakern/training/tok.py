@@ -21,6 +21,7 @@ from deltakern.data.store import video_share
 from deltakern.data.tokenize import leave_signals
 from deltakern.data.video import VideoError
 from deltakern.models import DeltaTok
+from deltakern.nn.weights import freeze, is_freezable
 from deltakern.training.engines import Place
 from deltakern.training.loop import Result, Task, TrainOptions, fit
 
@@ -103,6 +104,8 @@ class TokTask(Task):
         self, tokenizer: DeltaTok, clips: VideoClips, *, workers: int = 0, held_out: Sequence[Drawn] = (), horizons: Sequence[int] = (1, 3)
     ) -> None:
         self.network, self.objective = tokenizer, PairObjective(tokenizer)
+        if is_freezable(tokenizer.backbone):
+            freeze(tokenizer.backbone)
         self.clips, self.workers, self.held_out, self.horizons = clips, workers, held_out, horizons
 
     loss = "log-cosh"

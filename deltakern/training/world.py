@@ -17,6 +17,7 @@ from deltakern.data.sampling import Drawn, generator_for, middle_clip
 from deltakern.data.sources import find_videos
 from deltakern.data.store import Manifest, StoreError, TokenDataset, TokenOrder, fingerprint
 from deltakern.models import DeltaTok, DeltaWorld, checkpoint
+from deltakern.nn.weights import freeze, is_freezable
 from deltakern.training.engines import Place
 from deltakern.training.loop import Result, Task, TrainOptions, fit
 
@@ -184,6 +185,8 @@ class WorldTask(Task):
         if train.width != world.backbone.hidden_size:
             raise StoreError(f"the store's tokens have {train.width} channels, the model takes {world.backbone.hidden_size}")
         self.network, self.objective = world, TokenObjective(world)
+        if is_freezable(world.tokenizer):
+            freeze(world.tokenizer)
         self.train, self.val, self.seed, self.context, self.videos = train, val, seed, context, videos
         self.horizons = [h for h in horizons if context + h <= train.num_frames]
         if not self.horizons and (val is not None or videos):

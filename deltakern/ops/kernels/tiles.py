@@ -121,11 +121,6 @@ TABLE: tuple[Row, ...] = (
     Row("best_of_n_head_narrow", WIDEST, 32, 64, 4, 2, dtype=torch.float32),
     Row("best_of_n_head_narrow", WIDEST, 128, 64, 8, 3, per_processor=1),
     Row("best_of_n_head_pick", WIDEST, 1, 1024, 4),
-    # ``rows`` are output columns of a tile, ``block`` what all warps together take of the products' inner dimension at a time. 8 columns,
-    # the tensor cores' least, cut 768 into 96 tiles, one a processor. Deeper tiles, and on sm_80 a third stage, spill registers.
-    Row("predictor_step", 2048, 8, 128, 8, 2, dtype=torch.float32),
-    Row("predictor_step", 2048, 8, 128, 8, 2, architecture=80),
-    Row("predictor_step", 2048, 8, 128, 8, 3),
 )
 
 

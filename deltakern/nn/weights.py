@@ -1,0 +1,483 @@
+"""Weights are live or frozen, by word. Nothing here guesses from version counters or addresses whether a weight changed.
+
+*Live*, the default: a weight is read when it is used. What is derived from it (packed, cast, folded, reordered) lives no longer than
+one public call (:func:`one_call`: one encode, one search, one rollout, one training step's forward), so nothing can be stale.
+
+*Frozen*, by :func:`freeze`: derived once, for inference. A frozen model refuses to train; ``.to()``, ``.half()``, ``load_state_dict``
+and copies derive anew. Every public call first looks at the parameters that something was derived from:
+
+* caught: a parameter whose storage moved (``.data =``, ``set_``, ``swap_tensors``, offloading), and a write that changes one of
+  :data:`SAMPLED` elements spread over each parameter: an optimizer's step, an average, a merged adapter, another process's write into
+  shared memory. :class:`FrozenWeightsError` says so; on a GPU, where nobody waits for the comparison, at a later call.
+* right without being caught: a parameter, layer or block put in the place of another, a hook, an adapter, a parametrisation. These
+  are looked up at every call in both states.
+* not caught: a write to single elements that are not among those sampled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as modules
+
+from deltakern import backend
+
+SAMPLED = 16
+"""Elements of a parameter that are compared, spread evenly over it."""
+
+Parameters = Sequence[torch.Tensor | None]
+Value = TypeVar("Value")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)
+
+
+class FrozenWeightsError(RuntimeError):
+    """A frozen model's weights were written to, or it was told to train."""
+
+
+class StaleCacheError(RuntimeError):
+    """Weights changed after a stream or a rollout cached what it computed with them."""
+
+
+def compute_dtype(device_type: str, parameter_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of matrix products here: autocast's where it is on (never for float64 parameters), else the parameters'."""
+    if device_type != "meta" and parameter_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return parameter_dtype
+
+
+def dtype_for(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
+    """:func:`compute_dtype` of x with the weights of ``layer``; those of a layer that hides them are taken to be like x."""
+    weight = getattr(layer, "weight", None)
+    known = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    return compute_dtype(x.device.type, weight.dtype if known else x.dtype)
+
+
+def odd(layer: nn.Module, kind: type[nn.Module]) -> str:
+    """Why ``layer`` is to be called as a module; "" where it is a plain ``kind`` whose parameters may be used in its place."""
+    if type(layer) is not kind:
+        return f"is a {type(layer).__module__}.{type(layer).__qualname__}"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in layer.__dict__:
+        return "has a forward of its own"
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and type(parameter) not in _ORDINARY:
+            return f"has a {name} of type {type(parameter).__name__}"
+    return "runs under a global module hook" if modules._has_any_global_hook() else ""
+
+
+def plain(kind: type[nn.Module], *layers: nn.Module) -> bool:
+    """Whether all are plain, see :func:`odd`."""
+    for layer in layers:
+        if (
+            type(layer) is not kind
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or "forward" in layer.__dict__
+        ):
+            return False
+        for parameter in layer._parameters.values():
+            if parameter is not None and type(parameter) not in _ORDINARY:
+                return False
+    return not modules._has_any_global_hook()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything below ``module`` has hooks or a forward put in the place of its own: calling it is more than its weights."""
+    parts = module.modules()
+    return modules._has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in parts)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A view of some of a tensor's bits, spread over its storage; None of one that has none to look at."""
+    if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return None
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    step = max(1, span // SAMPLED)
+    step += (step + 1) % 2  # odd, so that not all lie in one column
+    found = tensor.detach().as_strided((max(1, span // step),), (step,))
+    return found.view(_BITS[found.element_size()]) if found.element_size() in _BITS else None
+
+
+class Guard:
+    """Tensors as they are now. :meth:`changed` finds one that moved, or of whose samples one changed.
+
+    On a GPU the comparison is not waited for: what it found is told at the first look that finds it done.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor | None] | None = None) -> None:
+        self._tensors = list(tensors)
+        self._pointers = [t.data_ptr() for t in self._tensors]
+        views = [_sample(t) for t in self._tensors]
+        values = values or views
+        groups: dict[Any, list[int]] = {}
+        for i, view in enumerate(views):
+            if view is not None:
+                groups.setdefault((view.device, view.dtype), []).append(i)
+        with torch.inference_mode(False):
+            self._groups = [(indices, [views[i] for i in indices], torch.cat([values[i] for i in indices])) for indices in groups.values()]
+        self._pending: dict[int, tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = {}
+
+    def moved(self) -> torch.Tensor | None:
+        """A tensor that lies elsewhere than it did."""
+        if [t.data_ptr() for t in self._tensors] == self._pointers:
+            return None
+        return next(t for t, pointer in zip(self._tensors, self._pointers, strict=True) if t.data_ptr() != pointer)
+
+    @torch.no_grad()
+    def changed(self) -> torch.Tensor | None:
+        """A tensor that is not as it was; None where none is known of."""
+        if (tensor := self.moved()) is not None:
+            return tensor
+        for number, (indices, views, expected) in enumerate(self._groups):
+            if expected.is_cuda:
+                found = self._ask(number, views, expected)
+            else:
+                found = None if torch.equal(torch.cat(views), expected) else True
+            if found:
+                return self._first_different(indices, views, expected)
+        return None
+
+    def _ask(self, number: int, views: list[torch.Tensor], expected: torch.Tensor) -> bool:
+        """Starts a comparison on a GPU and returns what the last one found, if it is done."""
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        told, flag = False, None
+        if number in self._pending:
+            flag, host, done = self._pending[number]
+            told = done.query() and bool(host)
+            flag = None if done.query() else flag
+        different = (torch.cat(views) != expected).any()
+        flag = different if flag is None else flag | different
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        self._pending[number] = flag, host, torch.cuda.current_stream(expected.device).record_event()
+        return told
+
+    def _first_different(self, indices: list[int], views: list[torch.Tensor], expected: torch.Tensor) -> torch.Tensor:
+        kept = expected.split([len(view) for view in views])
+        for i, view, before in zip(indices, views, kept, strict=True):
+            if not torch.equal(view, before):
+                return self._tensors[i]
+        return self._tensors[indices[0]]  # it has been changed back since
+
+
+class _Entry(NamedTuple):
+    """Something derived, what it was derived from, and samples of that."""
+
+    parameters: tuple[torch.Tensor | None, ...]
+    value: Any
+    samples: tuple[torch.Tensor | None, ...]
+
+
+class Derived:
+    """What is derived from weights: for as long as one public call, or, ``lasting``, as whoever made this sees fit.
+
+    Attributes:
+        token: another object whenever all that was derived is dropped; what was computed or captured with it is void then.
+        checked: stores of frozen models that were looked at in this call.
+    """
+
+    def __init__(self, lasting: bool = False) -> None:
+        self.lasting, self.token = lasting, object()
+        self.checked: set[Frozen] = set()
+        self._kept: dict[tuple[nn.Module, Any], _Entry] = {}
+
+    def get(self, owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[], Value]) -> Value:
+        """What ``make`` derives of ``parameters``, unless that was derived of these very tensors."""
+        entry = self._kept.get((owner, key))
+        if entry is None or len(entry.parameters) != len(parameters) or not all(map(operator.is_, entry.parameters, parameters)):
+            with torch.inference_mode(False), torch.no_grad():
+                entry = self._kept[owner, key] = self._made(tuple(parameters), make)
+        return entry.value
+
+    def _made(self, parameters: tuple[torch.Tensor | None, ...], make: Callable[[], Value]) -> _Entry:
+        return _Entry(parameters, make(), ())
+
+
+class Frozen(Derived):
+    """What is derived from weights until it is dropped, with a guard over those weights.
+
+    Copies and pickles begin empty.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lasting=True)
+        self.trained: list[tuple[nn.Module, str]] = []
+        """Parameters that required a gradient before they were frozen."""
+        self._guard: Guard | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"trained": self.trained}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+        self.trained = state["trained"]
+
+    def renew(self) -> None:
+        """Drops what was derived, because the weights are others by the model's own doing."""
+        with self._lock:
+            if self._kept:
+                self._kept, self._guard, self.token = {}, None, object()
+
+    def changed(self) -> str | None:
+        """The name of a parameter that is not what it was when something was derived from it."""
+        with self._lock:
+            if not self._kept:
+                return None
+            if self._guard is None:
+                found = {id(t): (t, s) for e in self._kept.values() for t, s in zip(e.parameters, e.samples, strict=True) if t is not None}
+                self._guard = Guard([t for t, _ in found.values()], [s for _, s in found.values()])
+            tensor = self._guard.changed()
+        return None if tensor is None else self._name(tensor)
+
+    def check(self) -> None:
+        """Raises :class:`FrozenWeightsError` where the parameters are known not to be what they were."""
+        if (name := self.changed()) is not None:
+            raise FrozenWeightsError(
+                f"{name} of a frozen model was written to: its results would be those of the weights of before. Call "
+                "deltakern.unfreeze(model) before weights change and deltakern.freeze(model) after, or use load_state_dict"
+            )
+
+    def _name(self, tensor: torch.Tensor) -> str:
+        for (owner, _), entry in self._kept.items():
+            if any(p is tensor for p in entry.parameters):
+                name = next((n for n, p in owner.named_parameters() if p is tensor), None)
+                return f"{type(owner).__name__}.{name}" if name else f"a parameter beside {type(owner).__name__}"
+        return "a parameter"
+
+    def _made(self, parameters: tuple[torch.Tensor | None, ...], make: Callable[[], Value]) -> _Entry:
+        views = [None if p is None else _sample(p) for p in parameters]
+        samples = tuple(None if view is None else view.clone() for view in views)
+        entry = _Entry(parameters, make(), samples)
+        with self._lock:
+            self._guard = None
+        return entry
+
+
+class Snapshot:
+    """A module as it is now: its submodules, parameters and buffers, listed once, where they lie, and samples of what they hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        parts = list(module.modules())
+        self._groups = [group for m in parts for group in (m._parameters, m._buffers, m._modules) if group]
+        self._hooks = [hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._held = self._objects()
+        self._hooked = any(self._hooks)
+        self._guard = Guard([x for x in self._held if isinstance(x, torch.Tensor)])
+
+    def _objects(self) -> list[Any]:
+        return [x for group in self._groups for x in group.values()]
+
+    def moved(self) -> str | None:
+        """What was put in the place of something else, or hooked, or lies elsewhere; None where nothing was."""
+        now = self._objects()
+        if len(now) != len(self._held) or not all(map(operator.is_, now, self._held)):
+            return "a parameter or a module is another one"
+        if any(self._hooks) != self._hooked:
+            return "hooks came or went"
+        return "a parameter lies elsewhere" if self._guard.moved() is not None else None
+
+    def changed(self) -> str | None:
+        """The same, or that a parameter was written to, see the module's docstring."""
+        return self.moved() or ("a parameter was written to" if self._guard.changed() is not None else None)
+
+
+_call: ContextVar[Derived | None] = ContextVar("deltakern_call", default=None)
+
+
+@contextlib.contextmanager
+def calling(store: Derived | None = None) -> Iterator[Derived]:
+    """Within the context, what is derived of live weights is kept in ``store``, one call's own by default."""
+    store = Derived() if store is None else store
+    token = _call.set(store)
+    try:
+        yield store
+    finally:
+        _call.reset(token)
+        store.checked.clear()
+
+
+def one_call(method: Callable[..., Value]) -> Callable[..., Value]:
+    """Decorates a public method: what is derived within it is derived once and dropped at its end. Calls within it join it."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Value:
+        if torch.compiler.is_compiling() or _call.get() is not None:
+            return method(*args, **kwargs)
+        with calling():
+            return method(*args, **kwargs)
+
+    return run
+
+
+class Freezable(nn.Module):
+    """A module that derives tensors from its parameters. They are no part of its state."""
+
+    _frozen: Frozen | None = None
+    stay_evaluating: tuple[str, ...] = ()
+    """Children that :meth:`train` leaves in evaluation mode."""
+
+    def train(self, mode: bool = True) -> Freezable:
+        """Sets the mode.
+
+        Raises:
+            FrozenWeightsError: of a frozen module, for training.
+        """
+        if mode and self._frozen is not None:
+            raise FrozenWeightsError(f"{type(self).__name__} is frozen and does not train: call deltakern.unfreeze(model) first")
+        self.training = mode
+        for name, child in self.named_children():
+            child.train(mode and name not in self.stay_evaluating)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Freezable:
+        if self._frozen is not None:
+            self._frozen.renew()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._frozen is not None:
+            self._frozen.renew()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def store_of(owner: nn.Module) -> Derived | None:
+    """Where what ``owner`` derives is kept now; None where it is used once. Under torch.compile it is derived inside the graph."""
+    if torch.compiler.is_compiling():
+        return None
+    frozen = getattr(owner, "_frozen", None)
+    return _call.get() if frozen is None else frozen
+
+
+def lasts(owner: nn.Module) -> bool:
+    """Whether what ``owner`` derives outlives the call, so that it may cost something."""
+    store = store_of(owner)
+    return store is not None and store.lasting
+
+
+def check_once(store: Derived | None) -> None:
+    """:meth:`Frozen.check` of a frozen model's store, once a call."""
+    current = _call.get()
+    if isinstance(store, Frozen) and (current is None or store not in current.checked):
+        store.check()
+        if current is not None:
+            current.checked.add(store)
+
+
+def derived(owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[], Value]) -> Value:
+    """``make()``, which is made of ``parameters``: kept for the call or, frozen, until further notice; where gradients flow to a
+    parameter, anew."""
+    store = store_of(owner)
+    if store is None:
+        return make()
+    if isinstance(store, Frozen):
+        check_once(store)
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+            raise FrozenWeightsError(f"{type(owner).__name__} is frozen and does not train: call deltakern.unfreeze(model) first")
+    elif torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+        return make()
+    if torch._C._are_functorch_transforms_active():  # what is made belongs to the transform
+        return make()
+    return store.get(owner, key, parameters, make)
+
+
+def table(layer: nn.Embedding) -> torch.Tensor:
+    """The rows of an embedding: its weight, or what the layer makes of every index where it is not plain."""
+    if plain(nn.Embedding, layer):
+        return layer.weight
+    return layer(torch.arange(layer.num_embeddings, device=layer.weight.device))
+
+
+def kernels_run(x: torch.Tensor) -> bool:
+    """Whether ops on x take Triton's kernels, for which projections are packed; on a CPU only where they are asked for."""
+    return x.is_cuda or backend.preferred() == "triton"
+
+
+class Part:
+    """A class whose instances are frozen as one: their weights are looked at together, once a call."""
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Freezes ``model`` for inference: evaluation mode, no gradient for any parameter, weights derived once. Returns it.
+
+    What is derived (packed, cast to the dtype of the computation, LayerScale folded in, reordered for oneDNN on a CPU) is made at the
+    first call that needs it and kept beside the parameters, which keep their names and values. See the module's docstring for what
+    happens when they change.
+
+    Raises:
+        TypeError: nothing in ``model`` is of this package.
+    """
+    if not is_freezable(model):
+        raise TypeError(f"freeze: expected a model of deltakern's, or one that holds such a model, got {type(model).__name__}")
+    model.eval()
+    for part in model.modules():
+        if part is model or isinstance(part, Part):
+            owners = [m for m in part.modules() if isinstance(m, Freezable)]
+            store = Frozen()
+            for module in part.modules():
+                before = getattr(module, "_frozen", None)
+                known = {name for m, name in before.trained if m is module} if isinstance(before, Frozen) else set()
+                store.trained += [(module, n) for n, p in module._parameters.items() if p is not None and (p.requires_grad or n in known)]
+            for owner in owners:
+                owner.__dict__["_frozen"] = store
+    model.requires_grad_(False)
+    return model
+
+
+def unfreeze(model: nn.Module) -> nn.Module:
+    """Makes ``model`` live again: derived weights are dropped, parameters that required a gradient before :func:`freeze` require one
+    again. It stays in evaluation mode. Returns it."""
+    within = set(model.modules())
+    for owner in within:
+        store = owner.__dict__.pop("_frozen", None)
+        for module, name in store.trained if isinstance(store, Frozen) else ():
+            parameter = module._parameters.get(name)
+            if module in within and parameter is not None:
+                parameter.requires_grad_(True)
+    return model
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context ``model`` is frozen; behind it, it is as it was: its mode, its gradients, what of it was frozen."""
+    modes = [(m, m.__dict__.get("_frozen"), m.training) for m in model.modules()]
+    gradients = [(p, p.requires_grad) for p in model.parameters()]
+    if is_frozen(model):
+        yield model
+        return
+    freeze(model)
+    try:
+        yield model
+    finally:
+        unfreeze(model)
+        for module, store, training in modes:
+            module.training = training
+            if store is not None:
+                module.__dict__["_frozen"] = store
+        for parameter, wanted in gradients:
+            parameter.requires_grad_(wanted)
+
+
+def is_freezable(model: nn.Module) -> bool:
+    """Whether there is anything in ``model`` that can be frozen."""
+    return isinstance(model, nn.Module) and any(isinstance(m, Freezable) for m in model.modules())
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether every part of ``model`` that can be frozen is."""
+    owners = [m for m in model.modules() if isinstance(m, Freezable)]
+    return bool(owners) and all(m._frozen is not None for m in owners)
