@@ -155,6 +155,8 @@ def product(
     """
     if isinstance(x, Fleeting):
         return recomputed_linear(x, *cast(owner, name, parameters, dtype, build))
+    if activation == "gelu" and not reorders(owner, x, parameters, dtype, activation):
+        return ops.gelu(product(owner, name, parameters, dtype, build, x))
     if reorders(owner, x, parameters, dtype, activation):
 
         def make() -> Pair:
@@ -162,8 +164,7 @@ def product(
             return reorder(weight), bias
 
         return pointwise(x, *derived(owner, (name, "reordered"), parameters, make), activation)
-    out = F.linear(x, *cast(owner, name, parameters, dtype, build))
-    return ops.gelu(out) if activation == "gelu" else out
+    return F.linear(x, *cast(owner, name, parameters, dtype, build))
 
 
 def value_of(x: torch.Tensor | Fleeting) -> torch.Tensor:
