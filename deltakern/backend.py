@@ -104,6 +104,10 @@ class Explanation:
         return "\n".join(lines)
 
 
+# os.environ encodes a name at every look, which takes longer than all else that a call asks: what is behind it knows whether it is set
+_VARIABLES = os.environ._data
+_IMPL = os.environ.encodekey("DELTAKERN_IMPL")
+
 _OPS: dict[str, Op] = {}
 _forced: list[str] = []
 _warned: set[tuple[str, str]] = set()
@@ -148,7 +152,12 @@ def strict() -> bool:
 
 def preferred() -> str | None:
     """The implementation that ``impl="auto"`` is told to take, by :func:`use_impl` or by ``DELTAKERN_IMPL``."""
-    name = _forced[-1] if _forced else os.environ.get("DELTAKERN_IMPL") or None
+    if _forced:
+        name = _forced[-1]
+    elif _IMPL in _VARIABLES:
+        name = os.environ.get("DELTAKERN_IMPL") or None
+    else:
+        return None
     if name is not None and name not in IMPLEMENTATIONS:
         raise BackendError(f"DELTAKERN_IMPL: expected one of {IMPLEMENTATIONS}, got {name!r}")
     return name

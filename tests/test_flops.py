@@ -235,12 +235,15 @@ def test_savings_are_what_the_models_leave_out():
     frames, features, rope, times = _inputs(256)
     token, tokens = torch.empty(1, 1, 768, device="meta"), torch.empty(1, 8, 768, device="meta")
     assert _count(backbone, frames[:, :1]) == flops.backbone(256, 256)
-    # the packed projection carries the 12 gates in 16 columns, where the release multiplies 12
-    spare = flops.linear(1, 768, 4)
-    assert _count(tokenizer.encode, features, features, rope) == flops.encode(256, 256, last_block="folded") + 11 * 513 * spare
-    # the last block of the decoder drops one row, which the closed form (the release's) computes
-    decoded = _count(tokenizer.decode, token, features, rope) - 12 * 257 * spare
-    assert 0.999 * flops.decode(256, 256) < decoded < flops.decode(256, 256)
+    for frozen in (False, True):
+        # a packed projection carries the 12 gates in 16 columns, where the release multiplies 12
+        spare = flops.linear(1, 768, 4) if frozen else 0
+        if frozen:
+            deltakern.freeze(tokenizer)
+        assert _count(tokenizer.encode, features, features, rope) == flops.encode(256, 256, last_block="folded") + 11 * 513 * spare
+        # the last block of the decoder drops one row, which the closed form (the release's) computes
+        decoded = _count(tokenizer.decode, token, features, rope) - 12 * 257 * spare
+        assert 0.999 * flops.decode(256, 256) < decoded < flops.decode(256, 256)
     noise = torch.empty(1, 7, 256, 768, device="meta")
     assert _count(world.predict, tokens[:, 1:], times, noise) == flops.candidates()
     assert flops.encode(256, 256, last_block="token") > flops.encode(256, 256, last_block="folded")

@@ -112,7 +112,7 @@ def test_folding_layer_scale_is_as_accurate_as_scaling_the_branch(init, device):
 
     class Unfolded(Block):
         def _scale(self, scale, part, dtype):
-            return None, scale.lambda1
+            return None, scale.lambda1, None
 
     errors = []
     for seed in range(3):

@@ -21,7 +21,7 @@ from deltakern.data.sources import Video, find_videos
 from deltakern.data.store import Manifest, StoreError, Writer, done_clips, fingerprint
 from deltakern.models import DeltaTok, DINOv3, DINOv3Config, checkpoint
 from deltakern.models.dinov3 import DEFAULT_WEIGHTS
-from deltakern.nn import freeze
+from deltakern.nn import freeze, frozen
 
 __all__ = ["PRECISIONS", "Summary", "TokenizeOptions", "load_backbone", "load_tokenizer", "tokenize", "tokenize_videos"]
 
@@ -202,7 +202,7 @@ def tokenize(
     Args:
         sources: see :func:`deltakern.data.sources.find_videos`.
         store: folder, created if need be.
-        tokenizer: in evaluation mode, on the device that is to compute.
+        tokenizer: on the device that is to compute; frozen meanwhile.
         options: see :class:`TokenizeOptions`.
 
     Raises:
@@ -214,7 +214,7 @@ def tokenize(
     require("av", "store", "reading video")
     videos = find_videos(sources)[options.part[0] :: options.part[1]]
     manifest = manifest_of(tokenizer, options)
-    with stop_on_signal() as stopped, Writer(store, manifest, rows_per_shard=options.rows_per_shard) as writer:
+    with stop_on_signal() as stopped, frozen(tokenizer), Writer(store, manifest, rows_per_shard=options.rows_per_shard) as writer:
         left = left_to_draw(videos, store, options.crops)
         total = sum(len(crops) for _, crops in left)
         present = len(videos) * options.crops - total

@@ -393,26 +393,26 @@ class TransformerBlock(nn.Module):
         stream, normed = add_and_norm(entry, norm1, dtype)
         if recompute and rows != "first":
             normed = norm_again(stream, normed, norm1)
-        fold, left = self._scale(self.layer_scale1, self.attention, dtype)
-        branch = self._scaled(self.layer_scale1, self.attention(normed, *context, rows=which, scale=fold, recompute=recompute, **options))
+        fold, left, call = self._scale(self.layer_scale1, self.attention, dtype)
+        branch = self.attention(normed, *context, rows=which, scale=fold, recompute=recompute, **options)
+        branch = branch if call is None else call(branch)
         stream, normed = add_and_norm(Residual(which.kept(which.sequences(stream)), branch, left), norm2, dtype)
         if recompute:
             normed = norm_again(stream, normed, norm2)
-        fold, left = self._scale(self.layer_scale2, self.mlp, dtype)
-        branch = self._scaled(self.layer_scale2, self.mlp(normed, fold, recompute=recompute))
+        fold, left, call = self._scale(self.layer_scale2, self.mlp, dtype)
+        branch = self.mlp(normed, fold, recompute=recompute)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
-        return Residual(stream, branch, None if left is None else left.clone())
+        return Residual(stream, branch if call is None else call(branch), None if left is None else left.clone())
 
-    def _scale(self, scale: nn.Module, part: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The LayerScale to be folded into a part's last projection, and the one left to the residual: one of the two, or none where
-        the LayerScale is called as a module."""
+    def _scale(
+        self, scale: nn.Module, part: nn.Module, dtype: torch.dtype
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, nn.Module | None]:
+        """One of three: the LayerScale to be folded into a part's last projection, to be left to the residual, or to be called."""
         if not plain(LayerScale, scale):
-            return None, None
-        folds = lasts(part) or (self.folds and torch.is_grad_enabled() and scale.lambda1.requires_grad)
-        return (scale.lambda1, None) if folds and dtype != torch.float16 else (None, scale.lambda1)
-
-    def _scaled(self, scale: nn.Module, branch: torch.Tensor) -> torch.Tensor:
-        return branch if plain(LayerScale, scale) else scale(branch)
+            return None, None, scale
+        lambda1 = scale.lambda1
+        folds = lasts(part) or (self.folds and torch.is_grad_enabled() and lambda1.requires_grad)
+        return (lambda1, None, None) if folds and dtype != torch.float16 else (None, lambda1, None)
 
 
 class Block(TransformerBlock):

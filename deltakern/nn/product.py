@@ -74,7 +74,7 @@ def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
     oneDNN may take."""
     return (
         x.is_cpu
-        and x.dtype == dtype == torch.float32
+        and x.dtype is dtype is torch.float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -84,15 +84,22 @@ def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def reorders(owner: nn.Module, x: torch.Tensor, parameters: Parameters, dtype: torch.dtype, activation: str = "none") -> bool:
-    """Whether the product of x (...,D) with what is derived from ``parameters`` goes to oneDNN, and what follows it with it."""
+def reorders(owner: nn.Module, x: torch.Tensor, parameters: Parameters, dtype: torch.dtype, activation: str = "none") -> str | None:
+    """What goes to oneDNN of the product of x (...,D) with what is derived from ``parameters`` and of the activation behind it:
+    ``activation``, "none" for the product alone, or None for neither."""
     if not evaluates(x, dtype):
-        return False
-    store, rows = store_of(owner), x.numel() // x.shape[-1]
+        return None
+    store, width = store_of(owner), x.shape[-1]
+    rows = x.numel() // width
     if store is None or (not store.lasting and rows < ROWS_ONE_CALL):
-        return False
-    elements = sum(p.numel() for p in parameters if p is not None and p.ndim == 2)
-    return takes(rows, x.shape[-1], elements, activation != "none")
+        return None
+    elements = 0
+    for parameter in parameters:
+        if parameter is not None and parameter.ndim == 2:
+            elements += parameter.numel()
+    if activation != "none" and takes(rows, width, elements, True):
+        return activation
+    return "none" if takes(rows, width, elements) else None
 
 
 def reorder(weight: torch.Tensor) -> torch.Tensor:
@@ -121,8 +128,8 @@ def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor) ->
 
 def cast(owner: nn.Module, name: str, parameters: Parameters, dtype: torch.dtype, build: Callable[..., Pair] = as_they_are) -> Pair:
     """``build(*parameters)``, weight (E,D) and bias (E,) or None, in ``dtype``."""
-    if build is as_they_are and all(p is None or p.dtype == dtype for p in parameters):
-        return build(*parameters)
+    if build is as_they_are and parameters[0].dtype is dtype and (parameters[1] is None or parameters[1].dtype is dtype):
+        return parameters[0], parameters[1]
 
     def make() -> Pair:
         return tuple(None if t is None else t.to(dtype) for t in build(*parameters))
@@ -155,16 +162,17 @@ def product(
     """
     if isinstance(x, Fleeting):
         return recomputed_linear(x, *cast(owner, name, parameters, dtype, build))
-    if activation == "gelu" and not reorders(owner, x, parameters, dtype, activation):
-        return ops.gelu(product(owner, name, parameters, dtype, build, x))
-    if reorders(owner, x, parameters, dtype, activation):
+    then = reorders(owner, x, parameters, dtype, activation)
+    if then is not None:
 
         def make() -> Pair:
             weight, bias = build(*parameters)
             return reorder(weight), bias
 
-        return pointwise(x, *derived(owner, (name, "reordered"), parameters, make), activation)
-    return F.linear(x, *cast(owner, name, parameters, dtype, build))
+        out = pointwise(x, *derived(owner, (name, "reordered"), parameters, make), then)
+    else:
+        out = F.linear(x, *cast(owner, name, parameters, dtype, build))
+    return out if activation in ("none", then) else ops.gelu(out)
 
 
 def value_of(x: torch.Tensor | Fleeting) -> torch.Tensor:

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as modules
 
 from deltakern import backend
 
@@ -74,11 +73,12 @@ def odd(layer: nn.Module, kind: type[nn.Module]) -> str:
     for name, parameter in layer._parameters.items():
         if parameter is not None and type(parameter) not in _ORDINARY:
             return f"has a {name} of type {type(parameter).__name__}"
-    return "runs under a global module hook" if modules._has_any_global_hook() else ""
+    return ""
 
 
 def plain(kind: type[nn.Module], *layers: nn.Module) -> bool:
-    """Whether all are plain, see :func:`odd`."""
+    """Whether all are plain, see :func:`odd`. Hooks of all modules in the process, such as those of FLOP counters, do not count: they see
+    the blocks and their parts, and the counted work is the work that is done."""
     for layer in layers:
         if (
             type(layer) is not kind
@@ -92,13 +92,12 @@ def plain(kind: type[nn.Module], *layers: nn.Module) -> bool:
         for parameter in layer._parameters.values():
             if parameter is not None and type(parameter) not in _ORDINARY:
                 return False
-    return not modules._has_any_global_hook()
+    return True
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything below ``module`` has hooks or a forward put in the place of its own: calling it is more than its weights."""
-    parts = module.modules()
-    return modules._has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in parts)
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in module.modules())
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:

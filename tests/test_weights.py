@@ -1,0 +1,584 @@
+"""Live and frozen weights: whatever changes a weight, every public call gives what a fresh model of the same weights gives, or raises.
+
+The matrix: :data:`WAYS` of changing weights, the entry points of three models, live and frozen states. A way is a generator; at each
+``yield`` every entry point is run and compared with a model that never ran before.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import copy
+import functools
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import graph_tape
+import pytest
+import small
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import deltakern
+from deltakern.models import StaleCacheError
+from deltakern.nn import MLP, Block, Residual, explain
+from deltakern.nn import product as products
+from deltakern.nn.block import TransformerBlock
+
+FROZEN_ERRORS = (deltakern.FrozenWeightsError, StaleCacheError)
+CRITERION = nn.SmoothL1Loss(reduction="none", beta=0.1)
+PIXELS, TIMES = small.clip(frames=4)
+_draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+TOKENS, QUERIES, BEFORE, AFTER = _draw(2, 4, 64), _draw(2, 3, 6, 64), _draw(2, 6, 64), _draw(2, 6, 64)
+
+Tensors = tuple[torch.Tensor, ...]
+Entry = Callable[[], Tensors]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ----------------------------------------------------------------------------------------------------------- models and entry points
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """In training mode; a frozen model stays in evaluation."""
+    if not deltakern.is_frozen(model):
+        model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
+def _gradients(model: nn.Module, out: torch.Tensor) -> Tensors:
+    """A prediction, and its gradients for all that trains as one vector."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = (out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)).sum()
+    found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+    return out.detach(), torch.cat([g.flatten() for g in found])
+
+
+def tok_entries(tok: deltakern.DeltaTok) -> dict[str, Entry]:
+    dtype, rope = _dtype(tok), tok._rope(PIXELS)
+    tokens, before, after = (t.to(dtype) for t in (TOKENS, BEFORE, AFTER))
+
+    def training() -> Tensors:
+        with _training(tok), torch.enable_grad():
+            return _gradients(tok, tok(PIXELS)[0])
+
+    entries = {
+        "backbone": lambda: (tok.backbone(PIXELS[:, :2]),),
+        "encode": lambda: (tok.encode(before, after, rope),),
+        "decode": lambda: (tok.decode(tokens[:, :1], before, rope),),
+        "decode_samples": lambda: (tok.decode_samples(tokens[:, :3], before, rope),),
+        "tokenize": lambda: (tok.tokenize(PIXELS[:, :2]),),
+        "reconstruct": lambda: tok(PIXELS[:, :2]),
+    }
+    return entries if deltakern.is_frozen(tok) else {**entries, "training": training}
+
+
+class _Streamed:
+    """Frames of one stream, two more at every call, and futures behind them. What went stale begins again at the next call."""
+
+    def __init__(self, world: deltakern.DeltaWorld) -> None:
+        self.stream, self.goal = world.stream(2), 2
+
+    def __call__(self) -> Tensors:
+        try:
+            made = [self.stream.push(PIXELS[0, i % 4], 0.1 * i) for i in range(len(self.stream), self.goal)]
+            found = *made[-2:], self.stream.sample([0.1 * self.goal, 0.1 * self.goal + 0.1], 3, seed=1)
+        except FROZEN_ERRORS:
+            self.stream.reset()
+            self.goal = 2
+            raise
+        self.goal += 2
+        return found
+
+
+def world_entries(world: deltakern.DeltaWorld) -> dict[str, Entry]:
+    dtype = _dtype(world)
+    tokens, queries, before = TOKENS.to(dtype), QUERIES.to(dtype), BEFORE.to(dtype)
+
+    def sample(**options: Any) -> Tensors:
+        return (world.sample(tokens[:, :2], TIMES, 2, 3, seed=1, **options),)
+
+    def training() -> Tensors:
+        with _training(world), torch.enable_grad():
+            return _gradients(world, world.train_on_tokens(tokens, TIMES, CRITERION, queries=queries)[0])
+
+    def search() -> Tensors:
+        with _training(world):
+            return (world.train_on_tokens(tokens, TIMES, CRITERION, queries=queries)[0],)
+
+    def rollout() -> Tensors:
+        found = world.rollout(PIXELS[:, :2], TIMES, 2, 3, seed=1, cuda_graph=False)
+        return found.tokens, found.features
+
+    entries = {
+        "sample": lambda: sample(cuda_graph=False),
+        "captured sample": sample,
+        "search": search,
+        "rollout": rollout,
+        "decode": lambda: (world.decode(tokens[:, :, None].expand(-1, -1, 2, -1), before, [0, 2], size=(32, 48)),),
+        "forward": lambda: world(PIXELS, TIMES, ctx_len=2, queries=queries[:, :, :2]),
+        "stream": _Streamed(world),
+    }
+    return entries if deltakern.is_frozen(world) else {**entries, "training": training}
+
+
+def dense_entries(dense: deltakern.DINOWorld) -> dict[str, Entry]:
+    queries = QUERIES.to(_dtype(dense))
+
+    def training() -> Tensors:
+        with _training(dense), torch.enable_grad():
+            return _gradients(dense, dense(PIXELS, TIMES, CRITERION, queries=queries)[0])
+
+    entries = {"forward": lambda: dense(PIXELS, TIMES, ctx_len=2, queries=queries[:, :, :2])}
+    return entries if deltakern.is_frozen(dense) else {**entries, "training": training}
+
+
+class Kind(NamedTuple):
+    build: Callable[[], nn.Module]
+    entries: Callable[[Any], dict[str, Entry]]
+
+
+KINDS = {
+    "tok": Kind(lambda: small.tokenizer(use_rope_aug=False).eval(), tok_entries),
+    "world": Kind(lambda: small.world(tokenizer_options={"use_rope_aug": False}).eval(), world_entries),
+    "dense": Kind(lambda: small.dense_world(use_bom=True).eval(), dense_entries),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------- ways to change
+
+
+SAME = "same"
+"""Given by a way where weights are other tensors of the same values: nothing needs to differ."""
+
+Steps = Iterator[str | None]
+Way = Callable[[nn.Module, Path], Steps]
+
+
+def _floats(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.is_floating_point()]
+
+
+def _linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Every plain linear layer of every block: (its parent, its name there, itself)."""
+    blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
+    parts = [part for block in blocks for part in (block.attention, block.mlp)]
+    return [(part, name, layer) for part in parts for name, layer in part.named_children() if isinstance(layer, nn.Linear)]
+
+
+def _noise(p: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(p.numel())
+    return torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def _changed(p: torch.Tensor) -> torch.Tensor:
+    """Clearly other values."""
+    return (p.detach() * 1.3 + 0.05 * _noise(p)).to(p.dtype)
+
+
+def _written(model: nn.Module, write: Callable[[nn.Parameter], Any]) -> Steps:
+    for p in _floats(model):
+        write(p)
+    yield
+
+
+def _way(write: Callable[[nn.Parameter], Any]) -> Way:
+    return lambda model, tmp: _written(model, write)
+
+
+def _steps_of(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Way:
+    """One step of an optimizer on everything."""
+
+    def way(model: nn.Module, tmp: Path) -> Steps:
+        wanted = [(p, p.requires_grad) for p in _floats(model)]
+        for p, _ in wanted:
+            p.requires_grad_(True).grad = _noise(p)
+        make([p for p, _ in wanted]).step()
+        for p, before in wanted:
+            p.requires_grad_(before).grad = None
+        yield
+
+    return way
+
+
+def _optimizers() -> dict[str, Way]:
+    kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD, "Adagrad": torch.optim.Adagrad}
+    options = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    return {f"{k} {o}": _steps_of(functools.partial(kinds[k], lr=0.05, **options[o])) for k in kinds for o in options}
+
+
+def _write_numpy(p: nn.Parameter) -> None:
+    values = p.detach().numpy()
+    values[...] = _changed(p).numpy()
+
+
+def _set_data(p: nn.Parameter) -> None:
+    p.data = _changed(p)
+
+
+def _set_storage(p: nn.Parameter) -> None:
+    with torch.no_grad():
+        p.set_(_changed(p))
+
+
+def _swap_tensors(p: nn.Parameter) -> None:
+    torch.utils.swap_tensors(p, nn.Parameter(_changed(p), requires_grad=p.requires_grad))
+
+
+def _lerp(p: nn.Parameter) -> None:
+    with torch.inference_mode():
+        p.detach().lerp_(_changed(p), 0.5)
+
+
+def _from_vector(model: nn.Module, tmp: Path) -> Steps:
+    parameters = _floats(model)
+    nn.utils.vector_to_parameters(torch.cat([_changed(p).flatten() for p in parameters]), parameters)
+    yield
+
+
+def _other_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: _changed(t) if t.is_floating_point() else t.clone() for n, t in model.state_dict().items()}
+
+
+def _load(model: nn.Module, tmp: Path, **options: Any) -> Steps:
+    model.load_state_dict(_other_state(model), **options)
+    yield
+    model.load_state_dict(_other_state(model), **options)
+    yield
+
+
+def _other_parameters(model: nn.Module, tmp: Path) -> Steps:
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                setattr(module, name, nn.Parameter(_changed(p), requires_grad=p.requires_grad))
+    yield
+
+
+def _other(module: nn.Module) -> nn.Module:
+    made = copy.deepcopy(module)
+    for p in made.parameters():
+        p.data.copy_(_changed(p))
+    return made
+
+
+def _other_linears(model: nn.Module, tmp: Path) -> Steps:
+    for parent, name, layer in _linears(model):
+        made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).requires_grad_(layer.weight.requires_grad)
+        made.weight.data.copy_(_changed(layer.weight))
+        setattr(parent, name, made)
+    yield
+
+
+def _other_mlps(model: nn.Module, tmp: Path) -> Steps:
+    for module in [m for m in model.modules() if isinstance(m, TransformerBlock)]:
+        module.mlp = _other(module.mlp)
+    yield
+
+
+def _other_blocks(model: nn.Module, tmp: Path) -> Steps:
+    for module in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for i, block in enumerate(module):
+            module[i] = _other(block)
+    yield
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+def _write(model: nn.Module) -> None:
+    for p in _floats(model):
+        p.data.copy_(_changed(p))
+
+
+def _parametrize(model: nn.Module, tmp: Path) -> Steps:
+    layers = [layer for _, _, layer in _linears(model)]
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", _Doubled())
+    yield
+    _write(model)
+    yield
+    for layer in layers:
+        parametrize.remove_parametrizations(layer, "weight")
+    yield SAME
+    _write(model)
+    yield
+
+
+def _normed(norm: Callable[[nn.Module], Any], remove: Callable[[nn.Module], Any], same: bool = True) -> Way:
+    """A norm of the weight, put in and, after a write, taken away."""
+
+    def way(model: nn.Module, tmp: Path) -> Steps:
+        layers = [layer for _, _, layer in _linears(model)]
+        with torch.no_grad():
+            for layer in layers:
+                norm(layer)
+        yield SAME if same else None
+        _write(model)
+        yield
+        for layer in layers:
+            remove(layer)
+        yield SAME
+        _write(model)
+        yield
+
+    return way
+
+
+def _prune(model: nn.Module, tmp: Path) -> Steps:
+    layers = [layer for _, _, layer in _linears(model)]
+    for layer in layers:
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    yield
+    _write(model)
+    yield
+    for layer in layers:
+        prune.remove(layer, "weight")
+    yield SAME
+    _write(model)
+    yield
+
+
+def _averaged_in_and_out(model: nn.Module, tmp: Path, swap: Callable[[nn.Parameter, torch.Tensor], Any]) -> Steps:
+    own = [(p, p.detach().clone()) for p in _floats(model)]
+    average = [_changed(p) for p, _ in own]
+    for _ in range(2):
+        for (p, _), mean in zip(own, average, strict=True):
+            swap(p, mean)
+        yield
+        for p, kept in own:
+            swap(p, kept)
+        yield
+
+
+def _write_elsewhere(parameters: list[nn.Parameter]) -> None:
+    """In another process. NumPy, because torch's threads do not live on in a forked one."""
+    for p in parameters:
+        values = p.detach().numpy()
+        values *= 1.3
+
+
+def _shared(model: nn.Module, tmp: Path) -> Steps:
+    model.share_memory()
+    yield SAME
+    child = mp.get_context("fork").Process(target=_write_elsewhere, args=(_floats(model),))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    yield
+
+
+def _zero(model: nn.Module, tmp: Path) -> Steps:
+    dist.init_process_group("gloo", init_method=f"file://{tmp}/store", rank=0, world_size=1)
+    try:
+        yield from _steps_of(lambda p: ZeroRedundancyOptimizer(p, torch.optim.AdamW, lr=0.05, parameters_as_bucket_view=True))(model, tmp)
+    finally:
+        dist.destroy_process_group()
+
+
+def _wide_and_back(model: nn.Module, tmp: Path) -> Steps:
+    model.to(torch.float64)
+    yield SAME
+    _write(model)
+    yield
+    model.to(torch.float32)
+    yield SAME
+
+
+def _narrow(model: nn.Module, tmp: Path, dtype: torch.dtype) -> Steps:
+    model.to(dtype)
+    yield SAME
+    _write(model)
+    yield
+
+
+def _offloaded(model: nn.Module, tmp: Path) -> Steps:
+    """Weights that come and go, as others, in a place that was used before."""
+    kept = [(p, p.detach().clone()) for p in _floats(model)]
+    for factor in (1.2, 1.4):
+        for p, _ in kept:
+            p.data = torch.empty(0)
+        for p, values in kept:
+            p.data = values * factor
+        yield
+
+
+WAYS: dict[str, Way] = {
+    **_optimizers(),
+    "data.mul_": _way(lambda p: p.data.mul_(1.3).add_(0.05)),
+    "numpy": _way(_write_numpy),
+    "data =": _way(_set_data),
+    "set_": _way(_set_storage),
+    "swap_tensors": _way(_swap_tensors),
+    "lerp_ in inference mode": _way(_lerp),
+    "vector_to_parameters": _from_vector,
+    "load_state_dict": _load,
+    "load_state_dict, assigned": functools.partial(_load, assign=True),
+    "other parameters": _other_parameters,
+    "other linears": _other_linears,
+    "other MLPs": _other_mlps,
+    "other blocks": _other_blocks,
+    "parametrization": _parametrize,
+    "old weight_norm": _normed(nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "old spectral_norm": _normed(nn.utils.spectral_norm, nn.utils.remove_spectral_norm, same=False),
+    "weight_norm": _normed(parametrizations.weight_norm, lambda layer: parametrize.remove_parametrizations(layer, "weight")),
+    "prune": _prune,
+    "average copied in and out": functools.partial(_averaged_in_and_out, swap=lambda p, values: p.data.copy_(values)),
+    "average put in and out": functools.partial(_averaged_in_and_out, swap=lambda p, values: setattr(p, "data", values)),
+    "another process": _shared,
+    "ZeroRedundancyOptimizer": _zero,
+    "float64 and back": _wide_and_back,
+    "half": functools.partial(_narrow, dtype=torch.float16),
+    "bfloat16": functools.partial(_narrow, dtype=torch.bfloat16),
+    "offloaded": _offloaded,
+}
+
+FOLLOWED = {
+    *("load_state_dict", "load_state_dict, assigned", "other parameters", "other linears", "other MLPs", "other blocks"),
+    *("float64 and back", "half", "bfloat16"),
+}
+"""What a frozen model follows: it must not raise, except where streams hold what the old weights made."""
+MODULES_CALLED = {"parametrization", "old weight_norm", "old spectral_norm", "weight_norm", "prune"}
+"""Layers are called as modules: in training PyTorch's autocast keeps casts of their parameters until the end of its region."""
+
+
+# ------------------------------------------------------------------------------------------------------------------------- the cells
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-5 if dtype.itemsize >= 4 else 5e-3
+
+
+def distance(found: Tensors, expected: Tensors) -> float:
+    """The greatest difference over the greatest value, of the tensor where that is most."""
+    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b.numel()]
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
+    return max(float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)) for a, b in pairs)
+
+
+class State(NamedTuple):
+    """How the models are used.
+
+    Attributes:
+        frozen: by ``deltakern.freeze``.
+        autocast: to bfloat16, all calls of a cell in one region, for that is how long PyTorch's own casts of weights live.
+        onednn: every product that may go to oneDNN does.
+    """
+
+    frozen: bool = False
+    autocast: bool = False
+    onednn: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(("frozen" if self.frozen else "live", *(n for n in ("autocast", "onednn") if getattr(self, n))))
+
+
+STATES = [State(f, **option) for f in (False, True) for option in ({}, {"autocast": True}, {"onednn": True})]
+
+
+def fresh_copy(kind: Kind, model: nn.Module) -> nn.Module:
+    """A live model of the same weights that never ran: built anew; copied where the names are not those of what is built."""
+    made = kind.build().to(_dtype(model))
+    if made.state_dict().keys() == model.state_dict().keys():
+        made.load_state_dict(model.state_dict())
+        return made
+    for module in model.modules():  # hooks put weights with a graph there, which cannot be copied, and do so anew at every call
+        for name, value in module.__dict__.items():
+            if isinstance(value, torch.Tensor):
+                module.__dict__[name] = value.detach()
+    return deltakern.unfreeze(copy.deepcopy(model))
+
+
+class Cell:
+    """One model, all its entry points, and what a fresh model gave at the last look."""
+
+    def __init__(self, kind: Kind, state: State) -> None:
+        self.kind, self.state, self.model = kind, state, kind.build()
+        if state.frozen:
+            deltakern.freeze(self.model)
+        self.entries, self.raised = kind.entries(self.model), set()
+        self.last: dict[str, Tensors] = {}
+        for _ in range(2):
+            self.look(SAME)
+        assert not self.raised, "nothing was done to the model"
+
+    def look(self, what: str | None = None) -> None:
+        """Every entry point gives what a fresh model gives, and something else than before, or raises; then it is frozen anew."""
+        self.raised.clear()
+        for name, entry in self.entries.items():
+            with torch.no_grad():
+                expected = self._fresh(name)
+                narrow = self.state.autocast or _dtype(self.model).itemsize < 4
+                tol = tolerance(torch.bfloat16 if narrow else torch.float32)
+                try:
+                    found = entry()
+                except FROZEN_ERRORS as problem:
+                    assert self.state.frozen or isinstance(problem, StaleCacheError), f"{name}: {problem}"
+                    self.raised.add(name)
+                else:
+                    assert (off := distance(found, expected)) <= tol, f"{name} is off by {off:.1e}"
+            if what is not SAME:
+                assert distance(tuple(t.to(p.dtype) for t, p in zip(expected, self.last[name], strict=True)), self.last[name]) > 10 * tol, (
+                    f"{name}: nothing changed, so nothing was compared"
+                )
+            self.last[name] = expected
+        if self.raised - {"stream"}:
+            deltakern.freeze(deltakern.unfreeze(self.model))
+            self.look(SAME)
+
+    def _fresh(self, name: str) -> Tensors:
+        """What a model that never ran gives, without a graph. Less than float32 rounds elsewhere when frozen: then it is frozen."""
+        model = fresh_copy(self.kind, self.model)
+        if self.state.frozen and (self.state.autocast or _dtype(model).itemsize < 4):
+            deltakern.freeze(model)
+        run = self.kind.entries(model)["sample" if name == "captured sample" else name]
+        if isinstance(run, _Streamed):
+            run.goal = self.entries[name].goal
+        return run()
+
+
+@pytest.mark.parametrize("state", STATES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_entry_point_follows_its_weights(way: str, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    graph_tape.install(monkeypatch)
+    if state.onednn:
+        monkeypatch.setattr(products, "takes", lambda *_: True)
+        monkeypatch.setattr(products, "ROWS_ONE_CALL", 1)
+    for name, kind in KINDS.items():
+        place = tmp_path / name
+        place.mkdir()
+        with torch.autocast("cpu", torch.bfloat16, enabled=state.autocast, cache_enabled=way not in MODULES_CALLED):
+            cell = Cell(kind, state)
+            with contextlib.closing(WAYS[way](cell.model, place)) as steps:
+                for number, what in enumerate(steps):
+                    try:
+                        cell.look(what)
+                    except AssertionError as problem:
+                        raise AssertionError(f"{way}, step {number} of {name}, {state}: {problem}") from problem
+                    if way in FOLLOWED:
+                        assert cell.raised <= {"stream"}
