@@ -58,6 +58,11 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
+def _like(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """To the dtype that the model has at the time."""
+    return lambda t: t.to(_dtype(model))
+
+
 @contextlib.contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
     """In training mode; a frozen model stays in evaluation."""
@@ -71,15 +76,14 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 def _gradients(model: nn.Module, out: torch.Tensor) -> Tensors:
     """A prediction, and its gradients for all that trains as one vector."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
     loss = (out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)).sum()
     found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
     return out.detach(), torch.cat([g.flatten() for g in found])
 
 
 def tok_entries(tok: deltakern.DeltaTok) -> dict[str, Entry]:
-    dtype, rope = _dtype(tok), tok._rope(PIXELS)
-    tokens, before, after = (t.to(dtype) for t in (TOKENS, BEFORE, AFTER))
+    rope, like = tok._rope(PIXELS), _like(tok)
 
     def training() -> Tensors:
         with _training(tok), torch.enable_grad():
@@ -87,9 +91,9 @@ def tok_entries(tok: deltakern.DeltaTok) -> dict[str, Entry]:
 
     entries = {
         "backbone": lambda: (tok.backbone(PIXELS[:, :2]),),
-        "encode": lambda: (tok.encode(before, after, rope),),
-        "decode": lambda: (tok.decode(tokens[:, :1], before, rope),),
-        "decode_samples": lambda: (tok.decode_samples(tokens[:, :3], before, rope),),
+        "encode": lambda: (tok.encode(like(BEFORE), like(AFTER), rope),),
+        "decode": lambda: (tok.decode(like(TOKENS[:, :1]), like(BEFORE), rope),),
+        "decode_samples": lambda: (tok.decode_samples(like(TOKENS[:, :3]), like(BEFORE), rope),),
         "tokenize": lambda: (tok.tokenize(PIXELS[:, :2]),),
         "reconstruct": lambda: tok(PIXELS[:, :2]),
     }
@@ -100,7 +104,7 @@ class _Streamed:
     """Frames of one stream, two more at every call, and futures behind them. What went stale begins again at the next call."""
 
     def __init__(self, world: deltakern.DeltaWorld) -> None:
-        self.stream, self.goal = world.stream(2), 2
+        self.stream, self.goal = world.stream(2, cuda_graph=False), 2
 
     def __call__(self) -> Tensors:
         try:
@@ -115,22 +119,21 @@ class _Streamed:
 
 
 def world_entries(world: deltakern.DeltaWorld) -> dict[str, Entry]:
-    dtype = _dtype(world)
-    tokens, queries, before = TOKENS.to(dtype), QUERIES.to(dtype), BEFORE.to(dtype)
+    like = _like(world)
 
     def sample(**options: Any) -> Tensors:
-        return (world.sample(tokens[:, :2], TIMES, 2, 3, seed=1, **options),)
+        return (world.sample(like(TOKENS[:, :2]), TIMES, 2, 3, seed=1, **options),)
 
     def training() -> Tensors:
         with _training(world), torch.enable_grad():
-            return _gradients(world, world.train_on_tokens(tokens, TIMES, CRITERION, queries=queries)[0])
+            return _gradients(world, world.train_on_tokens(like(TOKENS), TIMES, CRITERION, queries=like(QUERIES))[0])
 
     def search() -> Tensors:
         with _training(world):
-            return (world.train_on_tokens(tokens, TIMES, CRITERION, queries=queries)[0],)
+            return (world.train_on_tokens(like(TOKENS), TIMES, CRITERION, queries=like(QUERIES))[0],)
 
     def rollout() -> Tensors:
-        found = world.rollout(PIXELS[:, :2], TIMES, 2, 3, seed=1, cuda_graph=False)
+        found = world.rollout(PIXELS[:, :2], TIMES[:, :3], 1, 2, seed=1, cuda_graph=False)
         return found.tokens, found.features
 
     entries = {
@@ -138,21 +141,21 @@ def world_entries(world: deltakern.DeltaWorld) -> dict[str, Entry]:
         "captured sample": sample,
         "search": search,
         "rollout": rollout,
-        "decode": lambda: (world.decode(tokens[:, :, None].expand(-1, -1, 2, -1), before, [0, 2], size=(32, 48)),),
-        "forward": lambda: world(PIXELS, TIMES, ctx_len=2, queries=queries[:, :, :2]),
+        "decode": lambda: (world.decode(like(TOKENS)[:, :, None].expand(-1, -1, 2, -1), like(BEFORE), [0, 2], size=(32, 48)),),
+        "forward": lambda: world(PIXELS, TIMES, ctx_len=2, queries=like(QUERIES[:, :, :2])),
         "stream": _Streamed(world),
     }
     return entries if deltakern.is_frozen(world) else {**entries, "training": training}
 
 
 def dense_entries(dense: deltakern.DINOWorld) -> dict[str, Entry]:
-    queries = QUERIES.to(_dtype(dense))
+    like = _like(dense)
 
     def training() -> Tensors:
         with _training(dense), torch.enable_grad():
-            return _gradients(dense, dense(PIXELS, TIMES, CRITERION, queries=queries)[0])
+            return _gradients(dense, dense(PIXELS, TIMES, CRITERION, queries=like(QUERIES))[0])
 
-    entries = {"forward": lambda: dense(PIXELS, TIMES, ctx_len=2, queries=queries[:, :, :2])}
+    entries = {"forward": lambda: dense(PIXELS, TIMES, ctx_len=2, queries=like(QUERIES[:, :, :2]))}
     return entries if deltakern.is_frozen(dense) else {**entries, "training": training}
 
 
@@ -334,15 +337,16 @@ def _normed(norm: Callable[[nn.Module], Any], remove: Callable[[nn.Module], Any]
     """A norm of the weight, put in and, after a write, taken away."""
 
     def way(model: nn.Module, tmp: Path) -> Steps:
-        layers = [layer for _, _, layer in _linears(model)]
+        layers = [(layer, layer.weight.requires_grad) for _, _, layer in _linears(model)]
         with torch.no_grad():
-            for layer in layers:
+            for layer, _ in layers:
                 norm(layer)
         yield SAME if same else None
         _write(model)
         yield
-        for layer in layers:
+        for layer, trained in layers:
             remove(layer)
+            layer.weight.requires_grad_(trained)
         yield SAME
         _write(model)
         yield
@@ -394,7 +398,7 @@ def _shared(model: nn.Module, tmp: Path) -> Steps:
 
 
 def _zero(model: nn.Module, tmp: Path) -> Steps:
-    dist.init_process_group("gloo", init_method=f"file://{tmp}/store", rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp}.store", rank=0, world_size=1)
     try:
         yield from _steps_of(lambda p: ZeroRedundancyOptimizer(p, torch.optim.AdamW, lr=0.05, parameters_as_bucket_view=True))(model, tmp)
     finally:
@@ -460,9 +464,14 @@ WAYS: dict[str, Way] = {
 
 FOLLOWED = {
     *("load_state_dict", "load_state_dict, assigned", "other parameters", "other linears", "other MLPs", "other blocks"),
-    *("float64 and back", "half", "bfloat16"),
 }
 """What a frozen model follows: it must not raise, except where streams hold what the old weights made."""
+CONVERTED = {"float64 and back", "half", "bfloat16"}
+SEVERAL = {
+    *("AdamW fused", "SGD foreach", "numpy", "data =", "swap_tensors", "load_state_dict", "other parameters", "other linears"),
+    *("parametrization", "average put in and out", "float64 and back"),
+}
+"""Ways that are taken in every state, the others in two."""
 MODULES_CALLED = {"parametrization", "old weight_norm", "old spectral_norm", "weight_norm", "prune"}
 """Layers are called as modules: in training PyTorch's autocast keeps casts of their parameters until the end of its region."""
 
@@ -470,14 +479,10 @@ MODULES_CALLED = {"parametrization", "old weight_norm", "old spectral_norm", "we
 # ------------------------------------------------------------------------------------------------------------------------- the cells
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    return 1e-5 if dtype.itemsize >= 4 else 5e-3
-
-
 def distance(found: Tensors, expected: Tensors) -> float:
     """The greatest difference over the greatest value, of the tensor where that is most."""
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b.numel()]
-    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
+    assert all(a.shape == b.shape for a, b in pairs)
     return max(float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)) for a, b in pairs)
 
 
@@ -501,84 +506,96 @@ class State(NamedTuple):
 STATES = [State(f, **option) for f in (False, True) for option in ({}, {"autocast": True}, {"onednn": True})]
 
 
-def fresh_copy(kind: Kind, model: nn.Module) -> nn.Module:
-    """A live model of the same weights that never ran: built anew; copied where the names are not those of what is built."""
-    made = kind.build().to(_dtype(model))
+@functools.cache
+def _as_built(name: str) -> nn.Module:
+    return KINDS[name].build()
+
+
+def fresh_copy(name: str, model: nn.Module) -> nn.Module:
+    """A live model of the same weights that never ran: a new one; a copy where the names are not those of a new one."""
+    made = _as_built(name)
     if made.state_dict().keys() == model.state_dict().keys():
+        made = copy.deepcopy(made).to(_dtype(model))
         made.load_state_dict(model.state_dict())
         return made
     for module in model.modules():  # hooks put weights with a graph there, which cannot be copied, and do so anew at every call
-        for name, value in module.__dict__.items():
+        for key, value in module.__dict__.items():
             if isinstance(value, torch.Tensor):
-                module.__dict__[name] = value.detach()
+                module.__dict__[key] = value.detach()
     return deltakern.unfreeze(copy.deepcopy(model))
 
 
 class Cell:
     """One model, all its entry points, and what a fresh model gave at the last look."""
 
-    def __init__(self, kind: Kind, state: State) -> None:
-        self.kind, self.state, self.model = kind, state, kind.build()
+    def __init__(self, name: str, state: State) -> None:
+        self.name, self.kind, self.state = name, KINDS[name], state
+        self.model = copy.deepcopy(_as_built(name))
         if state.frozen:
             deltakern.freeze(self.model)
-        self.entries, self.raised = kind.entries(self.model), set()
+        self.entries, self.raised = self.kind.entries(self.model), set()
         self.last: dict[str, Tensors] = {}
-        for _ in range(2):
-            self.look(SAME)
-        assert not self.raised, "nothing was done to the model"
+        self.run()
 
+    @torch.no_grad()
+    def run(self) -> None:
+        """Twice, so that whatever is kept is kept, and looked at."""
+        for _ in range(2):
+            self.last = {name: entry() for name, entry in self.entries.items()}
+
+    @torch.no_grad()
     def look(self, what: str | None = None) -> None:
         """Every entry point gives what a fresh model gives, and something else than before, or raises; then it is frozen anew."""
         self.raised.clear()
+        narrow = self.state.autocast or _dtype(self.model).itemsize < 4
+        tol = 1e-3 if narrow else 1e-5
+        fresh = self._fresh(narrow)
         for name, entry in self.entries.items():
-            with torch.no_grad():
-                expected = self._fresh(name)
-                narrow = self.state.autocast or _dtype(self.model).itemsize < 4
-                tol = tolerance(torch.bfloat16 if narrow else torch.float32)
-                try:
-                    found = entry()
-                except FROZEN_ERRORS as problem:
-                    assert self.state.frozen or isinstance(problem, StaleCacheError), f"{name}: {problem}"
-                    self.raised.add(name)
-                else:
-                    assert (off := distance(found, expected)) <= tol, f"{name} is off by {off:.1e}"
-            if what is not SAME:
-                assert distance(tuple(t.to(p.dtype) for t, p in zip(expected, self.last[name], strict=True)), self.last[name]) > 10 * tol, (
-                    f"{name}: nothing changed, so nothing was compared"
-                )
+            if any(key.endswith("weight_u") for key in self.model.state_dict()):  # a pass in training mode changes it
+                fresh = self._fresh(narrow)
+            run = fresh["sample" if name == "captured sample" else name]
+            if isinstance(run, _Streamed):
+                run.goal = entry.goal
+            expected, last = run(), self.last[name]
+            try:
+                found = entry()
+            except FROZEN_ERRORS as problem:
+                if not self.state.frozen and name != "stream":
+                    raise AssertionError(f"{name} of a live model: {problem}") from problem
+                self.raised.add(name)
+            else:
+                assert (off := distance(found, expected)) <= tol, f"{name} is off by {off:.1e}"
             self.last[name] = expected
+            if what is not SAME:
+                assert distance(expected, last) > 10 * tol, f"{name}: nothing changed, so nothing was compared"
         if self.raised - {"stream"}:
             deltakern.freeze(deltakern.unfreeze(self.model))
-            self.look(SAME)
+            self.run()
 
-    def _fresh(self, name: str) -> Tensors:
-        """What a model that never ran gives, without a graph. Less than float32 rounds elsewhere when frozen: then it is frozen."""
-        model = fresh_copy(self.kind, self.model)
-        if self.state.frozen and (self.state.autocast or _dtype(model).itemsize < 4):
-            deltakern.freeze(model)
-        run = self.kind.entries(model)["sample" if name == "captured sample" else name]
-        if isinstance(run, _Streamed):
-            run.goal = self.entries[name].goal
-        return run()
+    def _fresh(self, narrow: bool) -> dict[str, Entry]:
+        """The entry points of a model that never ran. What rounds coarsely rounds elsewhere when frozen, and is compared frozen."""
+        model = fresh_copy(self.name, self.model)
+        return self.kind.entries(deltakern.freeze(model) if self.state.frozen and narrow else model)
 
 
-@pytest.mark.parametrize("state", STATES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+CELLS = [(way, state) for way in WAYS for state in STATES if state in (STATES[0], STATES[3]) or way in SEVERAL]
+
+
+@pytest.mark.parametrize(("way", "state"), CELLS, ids=str)
 def test_every_entry_point_follows_its_weights(way: str, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    graph_tape.install(monkeypatch)
+    if way != "swap_tensors":  # the emulated graphs hold parameters, which cannot be swapped then
+        graph_tape.install(monkeypatch)
     if state.onednn:
         monkeypatch.setattr(products, "takes", lambda *_: True)
         monkeypatch.setattr(products, "ROWS_ONE_CALL", 1)
-    for name, kind in KINDS.items():
-        place = tmp_path / name
-        place.mkdir()
+    for name in KINDS:
         with torch.autocast("cpu", torch.bfloat16, enabled=state.autocast, cache_enabled=way not in MODULES_CALLED):
-            cell = Cell(kind, state)
-            with contextlib.closing(WAYS[way](cell.model, place)) as steps:
+            cell = Cell(name, state)
+            with contextlib.closing(WAYS[way](cell.model, tmp_path / name)) as steps:
                 for number, what in enumerate(steps):
                     try:
                         cell.look(what)
                     except AssertionError as problem:
                         raise AssertionError(f"{way}, step {number} of {name}, {state}: {problem}") from problem
-                    if way in FOLLOWED:
-                        assert cell.raised <= {"stream"}
+                    if way in FOLLOWED or (way in CONVERTED and what is SAME):
+                        assert cell.raised <= {"stream"}, f"{way}, step {number} of {name}: {cell.raised} raised"
