@@ -136,7 +136,7 @@ def delta_pool_products_kernel(
 
 @triton.jit
 def delta_pool_query_kernel(
-    q, k, grad, wide, statistics, products, weights, parts, shifts, length, width, per_split, splits, scale,
+    q, k, grad, wide, statistics, products, weights, nears, parts, shifts, length, width, per_split, splits, scale,
     q_b, q_h, k_b, k_l, k_h, grad_b, grad_h,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +144,9 @@ def delta_pool_query_kernel(
 
     A score's gradient is its probability times the excess of its product over the products' mean under the probabilities. Where one
     token has nearly all the probability the excess is all cancellation, so the mean must come from these very products. It is known
-    only at the end; <grad_h, pooled_h> equals it but for rounding and is taken off at once, in products itself. What remains of
-    the mean, shifts (B,S,H), is taken off later: dq is scale * (parts 0 - the sum of shifts * parts 1), parts (B,S,2,H,d).
+    only at the end; <grad_h, pooled_h>, nears (B,H), equals it but for rounding and is taken off at once, here and where products are
+    read again: stored over what was loaded, a warp that comes late would read it twice taken off. What remains of the mean, shifts
+    (B,S,H), is taken off later: dq is scale * (parts 0 - the sum of shifts * parts 1), parts (B,S,2,H,d).
     """
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     split = (tl.program_id(0) // HEADS) % splits
@@ -175,11 +176,12 @@ def delta_pool_query_kernel(
         weight = tl.exp(tl.sum(key * query, axis=1) * tl.cast(scale, tl.float32) - peak) / total
         weight = tl.where(live, weight, 0.0)
         excess = tl.load(products + token, mask=live, other=0.0) - near
-        tl.store(products + token, excess, mask=live)
         tl.store(weights + token, weight, mask=live)
         shift += weight * excess
         sloped += (weight * excess)[:, None] * key
         pooled += weight[:, None] * key
+    if split == 0:
+        tl.store(nears + clip * HEADS + head, near)
     place = clip * splits + split
     tl.store(shifts + place * HEADS + head, tl.sum(shift, axis=0))
     tl.store(parts + (place * 2 * HEADS + head) * WIDTH + column, tl.sum(sloped, axis=0), mask=column < WIDTH)
@@ -188,7 +190,7 @@ def delta_pool_query_kernel(
 
 @triton.jit
 def delta_pool_keys_kernel(
-    q, products, weights, shift, dk, length, scale, q_b, q_h,
+    q, products, weights, nears, shift, dk, length, scale, q_b, q_h,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row is a token and a head: dk is the gradient of its score times q. shift (B,H) is the rest of the mean."""
@@ -200,7 +202,7 @@ def delta_pool_keys_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < WIDTH)
     place = (clip * HEADS + head) * length + token
-    excess = tl.load(products + place, mask=live, other=0.0) - tl.load(shift + clip * HEADS + head)
+    excess = tl.load(products + place, mask=live, other=0.0) - tl.load(nears + clip * HEADS + head) - tl.load(shift + clip * HEADS + head)
     slope = tl.load(weights + place, mask=live, other=0.0) * excess * tl.cast(scale, tl.float32)
     query = tl.load(q + (clip * q_b + head * q_h)[:, None] + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(dk + ((clip * length * HEADS + row) * WIDTH)[:, None] + column, (slope[:, None] * query).to(dk.dtype.element_ty), mask=mask)
@@ -304,11 +306,12 @@ def delta_pool_backward(
     size = tile("delta_pool_query", head, k.dtype, architecture)
     splits, each = _splits(length, size.rows)
     weights = torch.empty(products.shape, dtype=torch.float32, device=device)
+    nears = torch.empty((batch, heads), dtype=torch.float32, device=device)
     parts = torch.empty((batch, splits, 2, heads, head), dtype=torch.float32, device=device)
     shifts = torch.empty((batch, splits, heads), dtype=torch.float32, device=device)
     _triton.launch(
         delta_pool_query_kernel, (batch * splits * heads,), size,
-        q_in, k, grad, wide, statistics, products, weights, parts, shifts, length, width, each, splits, scale,
+        q_in, k, grad, wide, statistics, products, weights, nears, parts, shifts, length, width, each, splits, scale,
         *q_in.stride()[:2], *k.stride()[:3], *grad.stride()[:2],
         HEADS=heads, WIDTH=head, ROWS=size.rows, BLOCK=size.block, CHUNK=256,
     )  # fmt: skip
@@ -318,7 +321,7 @@ def delta_pool_backward(
     size = tile("delta_pool_scores", head, k.dtype, architecture)
     _triton.launch(
         delta_pool_keys_kernel, (batch * triton.cdiv(length * heads, size.rows),), size,
-        q_in, products, weights, shift, dk, length, scale, *q_in.stride()[:2],
+        q_in, products, weights, nears, shift, dk, length, scale, *q_in.stride()[:2],
         HEADS=heads, WIDTH=head, ROWS=size.rows, BLOCK=size.block,
     )  # fmt: skip
     if want_normed:
