@@ -145,14 +145,14 @@ def _stage_table(report: dict[str, Any], device: str) -> str:
         timed = {impl: row["seconds"] for impl, row in impls.items() if row["seconds"] is not None}
         if where != device or stages.OURS not in timed:
             continue
-        ours, eager, compiled = (timed.get(i) for i in (stages.OURS, stages.RELEASE, stages.RELEASE_COMPILED))
-        cells = [f"{name}, {case}, {dtype}", *(render.seconds(t) for t in (eager, compiled, ours))]
+        ours, live, eager, compiled = (timed.get(i) for i in (stages.OURS, stages.LIVE, stages.RELEASE, stages.RELEASE_COMPILED))
+        cells = [f"{name}, {case}, {dtype}", *(render.seconds(t) for t in (eager, compiled, ours, live))]
         lines.append([*cells, *(render.times(t / ours) if t else "" for t in (eager, compiled))])
         if stages.ONE_FUTURE in timed:
             one = timed[stages.ONE_FUTURE]
-            cells = [f"{name}, one future decoded, {case}, {dtype}", *(render.seconds(t) for t in (eager, compiled, one))]
+            cells = [f"{name}, one future decoded, {case}, {dtype}", *(render.seconds(t) for t in (eager, compiled, one, None))]
             lines.append([*cells, *(render.times(t / one) if t else "" for t in (eager, compiled))])
-    header = ["stage", "release, eager", "release, torch.compile", "deltakern", "against eager", "against compile"]
+    header = ["stage", "release, eager", "release, torch.compile", "deltakern", "live weights", "against eager", "against compile"]
     return render.markdown_table(header, lines) if lines else ""
 
 

@@ -58,7 +58,7 @@ def gpu_suite(gigabytes: float = 80.0, capability: str = "") -> list[Part]:
 
     python = sys.executable
     roomy = gigabytes >= 120
-    baselines = ("--impl", ";".join((stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS, stages.ONE_FUTURE)), "--budget", "5")
+    baselines = ("--impl", ";".join((stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS, stages.LIVE, stages.ONE_FUTURE)), "--budget", "5")
 
     def batch(stage: str) -> tuple[str, ...]:
         """The batch a GPU gets in the release's training at 512 px, half of it where memory is short; a forecast is of one clip."""
@@ -114,7 +114,7 @@ def cpu_suite() -> list[Part]:
     from deltakern.report import stages
 
     slow = 20 * 60
-    chosen = ("--impl", ";".join((stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS, stages.ONE_FUTURE)))
+    chosen = ("--impl", ";".join((stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS, stages.LIVE, stages.ONE_FUTURE)))
     native = [name for name, op in backend.ops().items() if "cpp" in op.kernels]
     eager = ("--impl", ";".join((stages.RELEASE, stages.OURS, stages.ONE_FUTURE)))
     parts = [

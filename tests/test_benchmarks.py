@@ -370,7 +370,7 @@ def test_a_broken_kernels_row_disappears(tmp_path):
 def _rows() -> list[Row]:
     made = [
         Row("model", "encode", "vitb-512", impl, "bfloat16", {"batch": 64}, took, took, took, 9, {"flops": 1}, WHERE)
-        for impl, took in ((stages.RELEASE, 0.4), (stages.RELEASE_COMPILED, 0.3), (stages.OURS, 0.1))
+        for impl, took in ((stages.RELEASE, 0.4), (stages.RELEASE_COMPILED, 0.3), (stages.OURS, 0.1), (stages.LIVE, 0.2))
     ]
     made += [
         Row("op", "swiglu", "decoder-512", impl, "bfloat16", {"scale": 1.0, "pass": "forward"}, took, took, took, 9, {"bytes": 4e9}, WHERE)
@@ -382,7 +382,7 @@ def _rows() -> list[Row]:
 def test_readme_table():
     table = measure.readme_table(_rows())
     assert "**Some GPU**, driver 580.1, torch 2.13.0, 2 threads, at 0123456789ab:" in table
-    assert "| encode, batch 64, vitb-512, bfloat16 | 400 ms | 300 ms | 100 ms | 4.00x | 3.00x |" in table
+    assert "| encode, batch 64, vitb-512, bfloat16 | 400 ms | 300 ms | 100 ms | 200 ms | 4.00x | 3.00x |" in table
     assert "| `swiglu` decoder-512, bfloat16 | 4.00 ms | 2.00 ms | 1.00 ms (triton) | 91% |" in table
     assert measure.readme_table([]) == "No measurements are committed yet."
 

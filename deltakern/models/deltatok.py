@@ -26,7 +26,7 @@ class Savings:
         last_row: the encoder's last block computes q, attention output and MLP for the delta token's row alone.
         fold_value: with it, the value projection is applied after the pooling, to one vector a head.
         drop_row: the decoder's last block does not compute the delta token's row.
-        black_frame: the black frame's features are computed once per backbone and size, not for every clip.
+        black_frame: the black frame's features are computed once a call, frozen once per backbone and size, not for every clip.
         context_cache: keys and values of past tokens are projected once, for all rollout steps and all samples.
     """
 
