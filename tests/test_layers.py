@@ -775,6 +775,31 @@ def test_plain_layers_of_another_form_than_the_blocks_own(rows):
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    "name", ["attention.q_proj", "attention.kv_proj", "attention.out_proj", "mlp.up_proj", "mlp.down_proj", "head", "norm"]
+)
+def test_a_predictors_layer_without_a_bias(name, state):
+    """As one whose bias is zero; a norm without weight and bias as one of ones and zeros."""
+    name = f"predictor.{name}" if name in ("head", "norm") else f"predictor.blocks.1.{name}"
+    world, plain = _world(), _world()
+    with torch.no_grad():
+        layer = plain.get_submodule(name)
+        layer.bias.zero_()
+        if name == "predictor.norm":
+            layer.weight.fill_(1)
+            _replace(world, [name], lambda old: nn.LayerNorm(old.normalized_shape, elementwise_affine=False))
+        else:
+            _replace(world, [name], lambda old: nn.Linear(old.in_features, old.out_features, bias=False))
+            world.get_submodule(name).weight.copy_(layer.weight)
+        if state == "frozen":
+            deltakern.freeze(world)
+        for entry in (_sample, _evaluate):
+            _close(entry(world), entry(plain), 1e-4, entry.__name__)
+    if state == "live":
+        _close(_train_on_tokens(world), _train_on_tokens(plain), 1e-4)
+
+
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", ["tokenizer.backbone.backbone.norm", "tokenizer.norm", "predictor.norm"])
 def test_another_final_norm(name, state):
     """As the model with a plain norm that computes the same."""

@@ -464,6 +464,8 @@ FOLLOWED = {
 }
 """What a frozen model follows: it must not raise, except where streams hold what the old weights made."""
 CONVERTED = {"float64 and back", "half", "bfloat16"}
+MODULES_CALLED = {"parametrization", "old weight_norm", "old spectral_norm", "weight_norm", "prune"}
+"""Layers are called as modules: in training PyTorch's autocast keeps casts of their parameters until the end of its region."""
 SEVERAL = {"AdamW fused", "data =", "load_state_dict", "other linears", "parametrization"}
 """Ways that are taken in every state; the others live and frozen."""
 ONE_WRITE_OR_ANOTHER = {f"{kind} {option}" for kind in ("Adam", "SGD", "Adagrad") for option in ("plain", "foreach")}
@@ -615,10 +617,11 @@ def test_every_single_parameter_is_looked_at(name: str):
             if name == "world" and not parameter.startswith("predictor."):
                 continue
             before, raised = {entry: run() for entry, run in mine.items()}, False
+            other = 2 * p + 0.5 * _noise(p)
             if number % 2:
-                p.data = _changed(p)
+                p.data = other
             else:
-                p.data.copy_(_changed(p))
+                p.data.copy_(other)
             q.data.copy_(p)
             for entry in names:
                 expected = theirs[entry]()
@@ -631,7 +634,7 @@ def test_every_single_parameter_is_looked_at(name: str):
             if raised:
                 deltakern.freeze(deltakern.unfreeze(model))
     unused = {n for n, _ in model.named_parameters() if "mask_token" in n or (name == "world" and not n.startswith("predictor."))}
-    assert reached | unused | {"norm.bias"} >= {n for n, _ in model.named_parameters()}
+    assert not {n for n, _ in model.named_parameters()} - reached - unused
 
 
 class _Sampler(nn.Module):
@@ -664,8 +667,8 @@ def test_functional_call_uses_the_parameters_of_the_call(entry: str, frozen: boo
         found = torch.func.functional_call(caller, parameters, ())
         for n, p in reference.named_parameters():
             p.data.copy_(parameters[n])
-        assert distance(found, reference()) < 2e-5, f"iteration {i}"
-        assert distance(found, last) > 1e-4
+        assert distance(found, reference()) < 5e-5, f"iteration {i}"
+        assert distance(found, last) > 1e-3
         last = found
         del parameters, found
     assert len(set(addresses)) < len(addresses)
@@ -831,8 +834,9 @@ def test_a_frozen_model_does_not_train(name: str):
         model.train()
     assert not any(_modes(model))
     model.requires_grad_(True)
+    arguments = {} if name == "tok" else {"timestamps": TIMES, "ctx_len": 2, "queries": QUERIES[:, : model.num_samples, :2]}
     with pytest.raises(deltakern.FrozenWeightsError, match="does not train"):
-        model(PIXELS[:, :2]) if name == "tok" else model(PIXELS, TIMES, ctx_len=2, queries=QUERIES[:, :, :2])
+        model(PIXELS, **arguments)
     with torch.no_grad():
         assert distance(_call(model), _call(MODELS[name]())) < 1e-5
 
@@ -903,8 +907,8 @@ def test_gradients_flow_to_the_inputs_of_a_frozen_model():
 
     for _ in range(2):
         assert distance(through(world), through(twin)) < 1e-5
+    world.predictor.blocks[0].attention.out_proj.requires_grad_(True)
     with pytest.raises(deltakern.FrozenWeightsError):
-        world.predictor.blocks[0].attention.out_proj.requires_grad_(True)
         through(world)
 
 

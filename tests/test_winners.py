@@ -110,7 +110,8 @@ def _sharded(rank: int, steps: int, dtype: torch.dtype | None) -> dict[str, int]
     network = make_world(stored.manifest(width=64), PREDICTOR_SMALL).train()
     engines.shard(network, compute_dtype=dtype)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3, foreach=False, fused=False)
-    copy, found, differing, moved = make_world(stored.manifest(width=64), PREDICTOR_SMALL).train(), [], 0, 0
+    copy, found = make_world(stored.manifest(width=64), PREDICTOR_SMALL).train(), []
+    differing, moved, unlike = 0, 0, 0.0
     search = DeltaWorld._best_queries
     DeltaWorld._best_queries = lambda *args: (found.append(search(*args)), found[-1])[1]
     generator = torch.Generator().manual_seed(rank)
@@ -126,9 +127,13 @@ def _sharded(rank: int, steps: int, dtype: torch.dtype | None) -> dict[str, int]
         theirs, ours = found.pop(), found.pop()
         differing += int((ours != theirs).any())
         (prediction - target).square().mean().backward()
+        if moved % 25 == 0:  # validation between the passes, as a loop has it
+            with torch.no_grad():
+                sampled = [m.sample(tokens[:, :3], times, 1, 3, queries=noise[:, :1, :3].transpose(1, 2)) for m in (network, copy)]
+            unlike = max(unlike, (sampled[0].float() - sampled[1].float()).abs().max().item())
         optimizer.step()
         optimizer.zero_grad()
-    return {"differing": differing, "moved": moved}
+    return {"differing": differing, "moved": moved, "alike": unlike < (1e-6 if dtype is None else 1e-2)}
 
 
 PREDICTOR_SMALL = Predictor(width=32, layers=2, heads=2, mlp_ratio=2, candidates=16, samples=3, layer_scale_init=0.1)
@@ -137,7 +142,11 @@ PREDICTOR_SMALL = Predictor(width=32, layers=2, heads=2, mlp_ratio=2, candidates
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_sharded_training_picks_the_winners_of_a_fresh_copy(tmp_path, dtype):
-    assert in_two_processes(tmp_path, _sharded, 100, dtype) == {"differing": 0, "moved": 99}  # the first has the weights of before
+    assert in_two_processes(tmp_path, _sharded, 100, dtype) == {
+        "differing": 0,
+        "moved": 99,
+        "alike": True,
+    }  # the first has the weights of before
 
 
 def _train(tokens: Path, out: Path, precision: str, end: int | None = None) -> None:

@@ -85,6 +85,14 @@ class PredictorBlock(TransformerBlock):
             folds=False,
         )
 
+    def project(self, memory: torch.Tensor) -> torch.Tensor:
+        """:meth:`CrossAttention.project`; by way of the block, because a sharded one gathers its weights where it is called."""
+        return self.attention.project(memory)
+
+    def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> KeysValues:
+        """:meth:`CrossAttention.keys_values`, by way of the block too."""
+        return self.attention.keys_values(memory, rotate)
+
 
 class Predictor(Freezable, Part):
     """Blocks, LayerNorm and a linear head, under the released names.
@@ -134,7 +142,7 @@ class Predictor(Freezable, Part):
     @one_call
     def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> list[KeysValues]:
         """Keys and values of memory tokens (B,T,Dm) in every block; they depend on no query."""
-        return [block.attention.keys_values(memory, rotate) for block in self.blocks]
+        return [block.keys_values(memory, rotate) for block in self.blocks]
 
     @one_call
     def project(self, memory: torch.Tensor) -> torch.Tensor:
@@ -149,7 +157,7 @@ class Predictor(Freezable, Part):
             together = product(self, "kv", parameters, dtype, join, memory.to(dtype))
             together = together.unflatten(-1, (len(layers), 2, self.blocks[0].attention.num_heads, -1))
         else:
-            together = torch.stack([block.attention.project(memory) for block in self.blocks], 2)
+            together = torch.stack([block.project(memory) for block in self.blocks], 2)
         return together.permute(3, 2, 0, 1, 4, 5)
 
     @one_call

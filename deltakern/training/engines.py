@@ -88,6 +88,10 @@ def checkpoint_activations(network: nn.Module) -> nn.Module:
     return network
 
 
+_PUBLIC = ("train_on_tokens", "predict", "sample", "decode", "rollout", "encode", "tokenize")
+"""Methods besides ``forward`` for which a sharded model gathers its weights."""
+
+
 def shard(network: nn.Module, mesh: Any = None, *, compute_dtype: torch.dtype | None = torch.bfloat16) -> nn.Module:
     """FSDP2: ``fully_shard`` of every block and of the rest, parameters and their optimizer in float32. Returns the network.
 
@@ -104,6 +108,8 @@ def shard(network: nn.Module, mesh: Any = None, *, compute_dtype: torch.dtype | 
     for block in blocks(network):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)
-    if hasattr(network, "train_on_tokens"):
-        register_fsdp_forward_method(network, "train_on_tokens")
+    for module, names in ((network, _PUBLIC), *((block, ("project", "keys_values")) for block in blocks(network))):
+        for name in names:
+            if hasattr(module, name):
+                register_fsdp_forward_method(module, name)
     return network
