@@ -58,7 +58,8 @@ def gpu_suite(gigabytes: float = 80.0, capability: str = "") -> list[Part]:
 
     python = sys.executable
     roomy = gigabytes >= 120
-    baselines = ("--impl", ";".join((stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS, stages.LIVE, stages.ONE_FUTURE)), "--budget", "5")
+    compared = stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS, stages.LIVE, stages.ONE_FUTURE
+    baselines = ("--impl", ";".join(compared), "--budget", "5")
 
     def batch(stage: str) -> tuple[str, ...]:
         """The batch a GPU gets in the release's training at 512 px, half of it where memory is short; a forecast is of one clip."""

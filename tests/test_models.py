@@ -68,7 +68,7 @@ def test_dense_context_cache_is_exact():
 def test_the_searchs_portions_fit_a_cpu():
     """At released sizes: parts of one size, of enough rows for oneDNN and of few enough for the allocator; a GPU's are as asked."""
     model = small.world().train()
-    model.predictor.blocks[0].mlp.up_proj = torch.nn.Linear(1, 3072)
+    model.predictor.blocks[0].mlp.hidden = 3072
     rows = {clips: model._together(256, torch.zeros(clips, 7, 64)) for clips in (1, 4, 32, 130, 200, 1024)}
     assert rows == {1: 256, 4: 64, 32: 9, 130: 2, 200: 1, 1024: 1}
     assert model._together(256, torch.zeros(4, 7, 64, device="meta")) == 256

@@ -346,8 +346,6 @@ def _normed(norm: Callable[[nn.Module], Any], remove: Callable[[nn.Module], Any]
             remove(layer)
             layer.weight.requires_grad_(trained)
         yield SAME
-        _write(model)
-        yield
 
     return way
 
@@ -362,8 +360,6 @@ def _prune(model: nn.Module, tmp: Path) -> Steps:
     for layer in layers:
         prune.remove(layer, "weight")
     yield SAME
-    _write(model)
-    yield
 
 
 def _averaged_in_and_out(model: nn.Module, tmp: Path, swap: Callable[[nn.Parameter, torch.Tensor], Any]) -> Steps:
@@ -466,7 +462,7 @@ FOLLOWED = {
 CONVERTED = {"float64 and back", "half", "bfloat16"}
 MODULES_CALLED = {"parametrization", "old weight_norm", "old spectral_norm", "weight_norm", "prune"}
 """Layers are called as modules: in training PyTorch's autocast keeps casts of their parameters until the end of its region."""
-SEVERAL = {"AdamW fused", "data =", "load_state_dict", "other linears", "parametrization"}
+SEVERAL = {"AdamW fused", "data =", "load_state_dict", "other linears"}
 """Ways that are taken in every state; the others live and frozen."""
 ONE_WRITE_OR_ANOTHER = {f"{kind} {option}" for kind in ("Adam", "SGD", "Adagrad") for option in ("plain", "foreach")}
 """Optimizers that are taken live alone: to a frozen model a write is a write."""
@@ -610,14 +606,14 @@ def test_every_entry_point_follows_its_weights(way: str, state: State, tmp_path:
 def test_every_single_parameter_is_looked_at(name: str):
     """One parameter of a frozen model is written to, or lies elsewhere: what a live twin gives, or an error."""
     model, twin, reached = deltakern.freeze(copy.deepcopy(_as_built(name))), copy.deepcopy(_as_built(name)), set()
-    names = ("encode", "decode_samples", "tokenize") if name == "tok" else ("sample", "search")
+    names = ("decode", "tokenize") if name == "tok" else ("sample", "search")
     mine, theirs = ({n: KINDS[name].entries(m)[n] for n in names} for m in (model, twin))
     with torch.no_grad():
         for number, ((parameter, p), q) in enumerate(zip(model.named_parameters(), twin.parameters(), strict=True)):
             if name == "world" and not parameter.startswith("predictor."):
                 continue
-            before, raised = {entry: run() for entry, run in mine.items()}, False
-            other = 2 * p + 0.5 * _noise(p)
+            before, own = {entry: run() for entry, run in mine.items()}, p.detach().clone()
+            other = 2 * p + 3 * _noise(p)
             if number % 2:
                 p.data = other
             else:
@@ -627,14 +623,13 @@ def test_every_single_parameter_is_looked_at(name: str):
                 expected = theirs[entry]()
                 if distance(expected, before[entry]) > 1e-4:
                     reached.add(parameter)
-                try:
+                with contextlib.suppress(deltakern.FrozenWeightsError):
                     assert distance(mine[entry](), expected) < 1e-5, f"{entry} after a write to {parameter}"
-                except deltakern.FrozenWeightsError:
-                    raised = True
-            if raised:
-                deltakern.freeze(deltakern.unfreeze(model))
+            p.data.copy_(own)
+            q.data.copy_(own)
+            deltakern.freeze(deltakern.unfreeze(model))
     unused = {n for n, _ in model.named_parameters() if "mask_token" in n or (name == "world" and not n.startswith("predictor."))}
-    assert not {n for n, _ in model.named_parameters()} - reached - unused
+    assert sorted({n for n, _ in model.named_parameters()} - reached - unused) == []
 
 
 class _Sampler(nn.Module):

@@ -148,7 +148,8 @@ class DeltaTok(Freezable, Part):
             (B,1,D).
         """
         mode = "pair" if self.use_delta else "current"
-        entry = Assembly(x if self.use_delta else None, y, table(self.z_embed), table(self.xy_embed), mode, self.residual_dtype)
+        z, roles = table(self.z_embed, 1, y.device), table(self.xy_embed, 2, y.device)
+        entry = Assembly(x if self.use_delta else None, y, z, roles, mode, self.residual_dtype)
         last = len(self.encoder_blocks) - 1
         for i, block in enumerate(self.encoder_blocks):
             rows = "first" if i == last and self.savings.last_row else "all"
@@ -189,7 +190,7 @@ class DeltaTok(Freezable, Part):
 
     def _decode(self, z: torch.Tensor, x: torch.Tensor, rope: Rope, samples: int = 0) -> torch.Tensor:
         if not self.use_delta:
-            x = table(self.xy_embed)[0].expand_as(x)
+            x = table(self.xy_embed, 2, x.device)[0].expand_as(x)
         if samples:
             dtype = self.residual_dtype or torch.promote_types(x.dtype, z.dtype)
             entry = Residual(torch.cat((z.to(dtype), x.to(dtype)), 1))

@@ -135,7 +135,7 @@ class DeltaWorld(World):
                 portions = (queries,)
             best = self._best_queries(portions, lambda q: self._predict(past, timestamps, q, head=False), target, criterion, 1)
         else:
-            best = table(self.q_embed).expand(batch, total - 1, -1)
+            best = table(self.q_embed, 1, tokens.device).expand(batch, total - 1, -1)
         return self.predict(past, timestamps, best.unsqueeze(2)).squeeze(2), target
 
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:

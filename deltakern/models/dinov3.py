@@ -150,7 +150,7 @@ class VisionTransformer(nn.Module):
         prefix = 1 + self.config.num_register_tokens
         tokens = self.embeddings(pixels)
         # Autocast's convolution leaves bf16; the residual stream stays in the parameters' dtype, as LayerScale would make it.
-        entry = Residual(tokens.to(self.norm.weight.dtype))
+        entry = Residual(tokens.to(self.embeddings.cls_token.dtype))
         rope = self._rope(pixels)
         for block in self.model.layer:
             entry = block(entry, rope, num_prefix=prefix)
@@ -210,7 +210,7 @@ class DINOv3(nn.Module, Part):
 
     def normalize(self, frames: torch.Tensor) -> torch.Tensor:
         """uint8 (...,3,H,W) to pixels with the backbone's mean and deviation, in the parameters' dtype."""
-        dtype = self.backbone.norm.weight.dtype
+        dtype = self.backbone.embeddings.cls_token.dtype
         wide = torch.promote_types(dtype, torch.float32)
         constants = torch.tensor((self.processor.image_mean, self.processor.image_std), dtype=wide, device=frames.device)
         mean, std = constants[:, :, None, None]

@@ -122,7 +122,7 @@ class DINOWorld(World):
                 portions = (queries,)
             best = self._best_queries(portions, lambda q: self._predict(frames, past, timestamps, q, head=False), target, criterion, 2)
         else:
-            best = table(self.q_embed).expand(batch, total - 1, -1)
+            best = table(self.q_embed, 1, y.device).expand(batch, total - 1, -1)
         return self._predict(frames, past, timestamps, best[:, :, None])[:, :, 0], target
 
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Predictor(Freezable, Part):
         By one product where the blocks' weights are joined (frozen, or on a GPU), else block by block.
         """
         layers = [block.attention.kv_proj for block in self.blocks]
-        if plain(nn.Linear, *layers) and (lasts(self) or kernels_run(memory)):
+        if plain(nn.Linear, *layers) and all(layer.bias is not None for layer in layers) and (lasts(self) or kernels_run(memory)):
             dtype = dtype_for(layers[0], memory)
             parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
             together = product(self, "kv", parameters, dtype, join, memory.to(dtype))
@@ -203,7 +203,8 @@ class Predictor(Freezable, Part):
             loss: ``loss``, ``beta`` and ``reduce_dims`` as there.
         """
         dtype = dtype_for(self.head, entry.stream)
-        if evaluates(entry.stream, dtype) or not (plain(nn.Linear, self.head) and plain(nn.LayerNorm, self.norm)):
+        fuses = plain(nn.Linear, self.head) and plain(nn.LayerNorm, self.norm)
+        if evaluates(entry.stream, dtype) or not (fuses and self.head.bias is not None and self.norm.elementwise_affine):
             return ops.best_of_n(self.predictions(entry), target, **loss)
         head, bias = cast(self, "head", (self.head.weight, self.head.bias), dtype)
         return ops.best_of_n_head(*entry, self.norm.weight, self.norm.bias, head, bias, target, eps=self.norm.eps, **loss)

@@ -137,7 +137,7 @@ class NoisePlan:
         elif not world.use_bom:
             if given:
                 raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
-            self._whole = table(world.q_embed).expand(batch, samples, horizon, -1)
+            self._whole = table(world.q_embed, 1, like.device).expand(batch, samples, horizon, -1)
         elif seed is not None:
             self._indexed = IndexedNoise(seed, world.predictor_hidden_size, world.initializer_range, noise)
         else:  # one draw a step, as in the release
@@ -165,7 +165,7 @@ def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: t
     predictor = world.predictor
     (batch, samples, horizon), layers = noise.shape[:3], range(len(keys))
     context = [(keys[i], values[i]) for i in layers]
-    tokens = noise.new_empty((batch, samples, horizon, predictor.head.out_features))
+    tokens = noise.new_empty((batch, samples, horizon, world.backbone.hidden_size))
     own = keys.new_empty((2, len(keys), batch, samples, horizon - 1, *keys.shape[3:]))
     for step in range(horizon):
         time = times[:, step : step + 1]
@@ -291,7 +291,7 @@ def _sample_bytes(world: DeltaWorld, memory: torch.Tensor, horizon: int) -> int:
     """About what one sample of a portion takes: its own keys and values, noise and tokens, activations of MLP and attention."""
     _, layers, _, _, heads, head = memory.shape
     width, size = heads * head, memory.element_size()
-    hidden = world.predictor.blocks[0].mlp.up_proj.out_features
+    hidden = world.predictor.blocks[0].mlp.hidden
     cached = 2 * layers * (horizon - 1) * width * size
     wide = 4 * width * (2 * (horizon - 1) + 4)  # what the attention's reference casts to float32
     noise = 40 * horizon * width  # with the integers that it is made of
@@ -320,7 +320,7 @@ def sample(
     """
     keys, values = world._rotate(context_times)(memory[0]), memory[1]
     batch, horizon = times.shape
-    tokens = like.new_empty((batch, num_samples, horizon, world.predictor.head.out_features))
+    tokens = like.new_empty((batch, num_samples, horizon, world.backbone.hidden_size))
     at_once = memory_budget // _sample_bytes(world, memory, horizon)
     captured = cuda_graph and captures(memory.device) and world._graphs.fit(world)
     for clips, samples in portions(batch, num_samples, at_once):
@@ -367,7 +367,7 @@ def grid_size(patches: int, size: tuple[int, int] | None, patch_size: int) -> tu
 def _decode_bytes(tokenizer: DeltaTok, features: torch.Tensor) -> int:
     """About what decoding one frame takes."""
     _, patches, width = features.shape
-    hidden = tokenizer.decoder_blocks[0].mlp.up_proj.out_features
+    hidden = tokenizer.decoder_blocks[0].mlp.hidden
     return (patches + 1) * (14 * width + 3 * hidden) * features.element_size()
 
 

@@ -199,7 +199,7 @@ class World(Freezable, ABC):
             return queries
         if self.use_bom:
             return self.noise(batch, self.num_samples, 1, device=like.device, dtype=like.dtype, generator=generator)[:, :, 0]
-        return table(self.q_embed).expand(batch, 1, -1)
+        return table(self.q_embed, 1, like.device).expand(batch, 1, -1)
 
     def _same_weights(self, seen: Snapshot | None) -> Snapshot | None:
         """The predictor's weights as a rollout's cached keys and values were made with them.
@@ -226,7 +226,7 @@ class World(Freezable, ABC):
         most = self.candidate_chunk
         if target.device.type == "cpu" and not torch.compiler.is_compiling():
             rows = max(1, target[..., 0].numel())  # of one candidate
-            fitting = CPU_BYTES // (4 * self.predictor.blocks[0].mlp.up_proj.out_features * rows)
+            fitting = CPU_BYTES // (4 * self.predictor.blocks[0].mlp.hidden * rows)
             most = max(1, min(most, max(fitting, -(-ROWS_ONE_CALL // rows))))
         return -(-count // -(-count // most))  # equal parts
 

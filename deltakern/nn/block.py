@@ -91,7 +91,7 @@ class Rows(NamedTuple):
 
 def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream, and its LayerNorm in ``out_dtype`` (the stream's own when None)."""
-    if not plain(nn.LayerNorm, norm):
+    if not (plain(nn.LayerNorm, norm) and norm.elementwise_affine):
         if isinstance(entry, Assembly):
             ones = entry.token.new_ones(entry.token.shape[-1:])
             stream = _assemble(entry, ones, torch.zeros_like(ones), 1e-5, out_dtype)[0]
@@ -112,7 +112,7 @@ def _assemble(entry: Assembly, weight: torch.Tensor, bias: torch.Tensor, eps: fl
 
 def norm_again(stream: torch.Tensor, normed: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor | Fleeting:
     """The second of what :func:`add_and_norm` returns, to be made again from the first."""
-    if not plain(nn.LayerNorm, norm):
+    if not (plain(nn.LayerNorm, norm) and norm.elementwise_affine):
         return normed
     made_of = stream, norm.weight, norm.bias
     impl = backend.chosen(ops.layer_norm, *made_of, out_dtype=normed.dtype)
@@ -143,6 +143,7 @@ class MLP(Freezable):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.hidden = hidden
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
 
@@ -166,6 +167,7 @@ class SwiGLU(Freezable):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.hidden = hidden
         self.gate_proj = nn.Linear(width, hidden)
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
@@ -175,7 +177,7 @@ class SwiGLU(Freezable):
         the backward."""
         gate, up = self.gate_proj, self.up_proj
         dtype = dtype_for(up, value_of(normed))
-        if _packs(self, normed, gate, up):
+        if _packs(self, normed, gate, up) and gate.bias is not None and up.bias is not None:
             both = product(self, "gate_up", (gate.weight, gate.bias, up.weight, up.bias), dtype, join, normed)
         else:
             both = apply_linear(self, "gate", gate, normed, dtype), apply_linear(self, "up", up, normed, dtype)
@@ -239,13 +241,17 @@ class SelfAttention(Freezable):
             return ()
         return (self.q_norm_prerope, self.k_norm_prerope) if self.qk_norm == "pre_rope" else (self.q_norm, self.k_norm)
 
+    def _fuses(self, *norms: nn.Module) -> bool:
+        """Whether the op behind the projections does what these norms do: plain ones of the form that they were built in."""
+        return plain(nn.LayerNorm, *norms) and all(n.elementwise_affine and n.bias is None and n.eps == self.eps for n in norms)
+
     def _layers(self) -> tuple[nn.Module, ...]:
         return (self.q_proj, self.k_proj, self.v_proj, *((self.attn_gate,) if self.gated else ()))
 
     def _turn(self, q: torch.Tensor | None, k: torch.Tensor, rope: Rope, num_prefix: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """RoPE and QK-norm of q and k (B,L,H,d)."""
         norms, order = self.norms(), self.qk_norm or "pre_rope"
-        if plain(nn.LayerNorm, *norms):
+        if self._fuses(*norms):
             weights = [norm.weight for norm in norms] or [None, None]
             return ops.rope_qk_norm(q, k, *rope, *weights, order=order, num_prefix=num_prefix, eps=self.eps)
         if order == "pre_rope":
@@ -259,7 +265,7 @@ class SelfAttention(Freezable):
         """q, k, v (B,L,H,d), the gate's logits (B,L,H) or None, and how q and k of rows ``skip``.. are made again, or None."""
         layers, norms = self._layers(), self.norms()
         dtype = dtype_for(self.q_proj, value_of(normed))
-        if not (_packs(self, normed, *layers) and plain(nn.LayerNorm, *norms)):
+        if not (_packs(self, normed, *layers) and self._fuses(*norms) and all((p.bias is None) is (p is self.k_proj) for p in layers)):
             q, k, v, *gate = (
                 apply_linear(self, name, layer, normed, dtype) for name, layer in zip(("q", "k", "v", "gate"), layers, strict=False)
             )
@@ -323,10 +329,10 @@ class SelfAttention(Freezable):
         first = normed[:, :1]
         q = apply_linear(self, "q", self.q_proj, first, dtype).unflatten(-1, (heads, -1))
         if norms:
-            weighted = plain(nn.LayerNorm, norms[0])
+            weighted = self._fuses(norms[0])
             q = ops.layer_norm(q, norms[0].weight, None, eps=self.eps) if weighted else norms[0](q).to(dtype)
         k = apply_linear(self, "k", self.k_proj, normed, dtype).unflatten(-1, (heads, -1))
-        if norms and not plain(nn.LayerNorm, norms[1]):
+        if norms and not self._fuses(norms[1]):
             k = self._turn(torch.zeros_like(k), k, rope, num_prefix)[1]
         else:
             weight, order = norms[1].weight if norms else None, self.qk_norm or "pre_rope"
@@ -334,8 +340,8 @@ class SelfAttention(Freezable):
         if fold_value and plain(nn.Linear, self.v_proj):
             weight, bias = cast(self, "v", (self.v_proj.weight, self.v_proj.bias), dtype)
             pooled = ops.delta_pool(normed, q[:, 0], k, scale=self.head_dim**-0.5)
-            mixed = torch.einsum("bhc,hdc->bhd", pooled, weight.unflatten(0, (heads, -1))) + bias.view(heads, -1)
-            mixed = mixed[:, None].to(dtype)
+            mixed = torch.einsum("bhc,hdc->bhd", pooled, weight.unflatten(0, (heads, -1)))
+            mixed = (mixed if bias is None else mixed + bias.view(heads, -1))[:, None].to(dtype)
         else:
             v = apply_linear(self, "v", self.v_proj, normed, dtype).unflatten(-1, (heads, -1))
             mixed = attend(q, k, v, backend=self.attention)

@@ -123,7 +123,7 @@ def join(*p: torch.Tensor) -> Pair:
 
 def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor) -> Pair:
     """A projection whose output is multiplied by ``scale``: (weight, bias)."""
-    return weight * scale[:, None], bias * scale
+    return weight * scale[:, None], None if bias is None else bias * scale
 
 
 def cast(owner: nn.Module, name: str, parameters: Parameters, dtype: torch.dtype, build: Callable[..., Pair] = as_they_are) -> Pair:

@@ -290,7 +290,9 @@ class Snapshot:
         self._guard = Guard([x for x in self._held if isinstance(x, torch.Tensor)])
 
     def _objects(self) -> list[Any]:
-        return [x for group in self._groups for x in group.values()]
+        """One that is offloaded is on the meta device between calls, another one each time."""
+        held = (x for group in self._groups for x in group.values())
+        return ["offloaded" if isinstance(x, torch.Tensor) and x.is_meta else x for x in held]
 
     def moved(self) -> str | None:
         """What was put in the place of something else, or hooked, or lies elsewhere; None where nothing was."""
@@ -405,11 +407,11 @@ def derived(owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[
     return store.get(owner, key, parameters, make)
 
 
-def table(layer: nn.Embedding) -> torch.Tensor:
+def table(layer: nn.Module, rows: int, device: torch.device) -> torch.Tensor:
     """The rows of an embedding: its weight, or what the layer makes of every index where it is not plain."""
     if plain(nn.Embedding, layer):
         return layer.weight
-    return layer(torch.arange(layer.num_embeddings, device=layer.weight.device))
+    return layer(torch.arange(rows, device=device))
 
 
 def kernels_run(x: torch.Tensor) -> bool:
