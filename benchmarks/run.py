@@ -81,8 +81,8 @@ def gpu_suite(gigabytes: float = 80.0, capability: str = "") -> list[Part]:
     first = "residual_norm"
     parts = [
         Part("build", (python, "-m", "pip", *install), 60, 20, True, build),
-        Part("tests: kernels", _pytest("-n", "8", *kernels), 120, 60, True),
-        Part("tests: weights", _pytest("-n", "4", "tests/test_weights_gpu.py"), 60, 30, True),
+        Part("tests: kernels", _pytest("-n", "8", *kernels), 100, 50, True),
+        Part("tests: weights", _pytest("-n", "4", "tests/test_weights_gpu.py"), 40, 20, True),
         Part("sanitizer: memcheck", (*sanitizer, "memcheck", *_measure(SANITIZED, "cuda")), 45, 20, True, uncached),
         Part("sanitizer: racecheck", (*sanitizer, "racecheck", *_measure(SANITIZED, "cuda")), 45, 20, True, uncached),
         Part("ceilings", _measure("ceilings", "cuda"), 20, 10, True),
