@@ -35,6 +35,7 @@ SAMPLED = 8
 """Elements of a parameter that are compared, spread evenly over it."""
 
 Parameters = Sequence[torch.Tensor | None]
+Mark = tuple[int, torch.Tensor | None]
 Value = TypeVar("Value")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)
@@ -102,13 +103,21 @@ def has_hooks(module: nn.Module) -> bool:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     """A view of some of a tensor's bits, spread over its storage; None of one that has none to look at."""
-    if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+    if tensor.is_meta or tensor.numel() == 0:
         return None
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     step = max(1, span // SAMPLED)
     step += (step + 1) % 2  # odd, so that not all lie in one column
     found = tensor.detach().as_strided((max(1, span // step),), (step,))
     return found.view(_BITS[found.element_size()]) if found.element_size() in _BITS else None
+
+
+def _mark(tensor: torch.Tensor | None) -> Mark | None:
+    """Where a tensor lies, and a copy of its samples; None of one that lies nowhere (quantised, fake, sparse)."""
+    if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.layout != torch.strided:
+        return None
+    view = _sample(tensor)
+    return tensor.data_ptr(), None if view is None else view.clone()
 
 
 class Guard:
@@ -118,11 +127,15 @@ class Guard:
     On a GPU the comparison is not waited for: what it found is told at the first look that finds it done.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor | None] | None = None) -> None:
-        self._tensors = list(tensors)
-        self._pointers = [t.data_ptr() for t in self._tensors]
+    def __init__(self, tensors: Sequence[torch.Tensor], were: Sequence[Mark | None] | None = None) -> None:
+        """``were``: address and samples of each at an earlier time, see :func:`_mark`."""
+        marked = [(t, _mark(t)) for t in tensors] if were is None else zip(tensors, were, strict=True)
+        marked = [(t, *mark) for t, mark in marked if mark is not None]
+        self._tensors, self._pointers, values = ([entry[i] for entry in marked] for i in range(3))
+        if self.moved() is not None:  # before there was a guard: there is nothing more to compare
+            self._on_cpu, self._on_gpu = [], []
+            return
         views = [_sample(t) for t in self._tensors]
-        values = values or views
         groups: dict[Any, list[int]] = {}
         for i, view in enumerate(views):
             if view is not None:
@@ -185,11 +198,11 @@ class Guard:
 
 
 class _Entry(NamedTuple):
-    """Something derived, what it was derived from, and samples of that."""
+    """Something derived, what it was derived from, and how that was marked."""
 
     parameters: tuple[torch.Tensor | None, ...]
     value: Any
-    samples: tuple[torch.Tensor | None, ...]
+    marks: tuple[Mark | None, ...]
 
 
 class Derived:
@@ -249,8 +262,8 @@ class Frozen(Derived):
             if not self._kept:
                 return None
             if self._guard is None:
-                found = {id(t): (t, s) for e in self._kept.values() for t, s in zip(e.parameters, e.samples, strict=True) if t is not None}
-                self._guard = Guard([t for t, _ in found.values()], [s for _, s in found.values()])
+                found = {id(t): (t, m) for e in self._kept.values() for t, m in zip(e.parameters, e.marks, strict=True) if t is not None}
+                self._guard = Guard([t for t, _ in found.values()], [m for _, m in found.values()])
             tensor = self._guard.changed()
         return None if tensor is None else self._name(tensor)
 
@@ -270,9 +283,8 @@ class Frozen(Derived):
         return "a parameter"
 
     def _made(self, parameters: tuple[torch.Tensor | None, ...], make: Callable[[], Value]) -> _Entry:
-        views = [None if p is None else _sample(p) for p in parameters]
-        samples = tuple(None if view is None else view.clone() for view in views)
-        entry = _Entry(parameters, make(), samples)
+        marks = tuple(map(_mark, parameters))
+        entry = _Entry(parameters, make(), marks)
         with self._lock:
             self._guard = None
         return entry
