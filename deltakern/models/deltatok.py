@@ -15,7 +15,7 @@ from deltakern.models.dinov3 import patch_rope
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.nn import Assembly, Block, Residual
 from deltakern.nn.block import QK_NORM_ORDERS, Rope, add_and_norm
-from deltakern.nn.weights import Freezable, Part, compute_dtype, derived, has_hooks, lasts, one_call, table
+from deltakern.nn.weights import Freezable, Part, compute_dtype, derived, hold, lasts, one_call, settled, table
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class DeltaTok(Freezable, Part):
         self.qk_norm_order = qk_norm_order
         self.savings = savings or Savings()
         self.residual_dtype = residual_dtype
-        self.backbone = backbone.requires_grad_(False).eval()
+        self.backbone = hold(backbone)
         width, std = backbone.hidden_size, backbone.initializer_range
 
         self.z_embed = nn.Embedding(1, width)
@@ -243,7 +243,7 @@ class DeltaTok(Freezable, Part):
         def make() -> torch.Tensor:
             return self.features(black)[:, 0]
 
-        if not lasts(self) or has_hooks(self.backbone):
+        if not lasts(self) or not settled(self.backbone):
             return make().expand(batch, -1, -1)
         key = ("black", black.shape, black.dtype, black.device, compute_dtype(black.device.type, torch.float32), *self.backbone.modules())
         return derived(self, key, [*self.backbone.parameters(), *self.backbone.buffers()], make).expand(batch, -1, -1)

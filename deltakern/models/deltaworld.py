@@ -15,7 +15,7 @@ from deltakern.models.stream import Stream
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.models.world import World, axis_angles, rotate_axes
 from deltakern.nn import Residual
-from deltakern.nn.weights import one_call, table
+from deltakern.nn.weights import hold, one_call, table
 
 
 class DeltaWorld(World):
@@ -70,7 +70,7 @@ class DeltaWorld(World):
             savings=savings,
             candidate_chunk=candidate_chunk,
         )
-        self.tokenizer = tokenizer.requires_grad_(False).eval()
+        self.tokenizer = hold(tokenizer)
         self.backbone = tokenizer.backbone
         self.predictor = self._make_predictor()
         self._graphs = sampling.Graphs()

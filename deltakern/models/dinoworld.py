@@ -11,7 +11,7 @@ from deltakern.models.deltatok import Savings
 from deltakern.models.validate import check_frames
 from deltakern.models.world import World, axis_angles, rotate_axes
 from deltakern.nn import Residual, attend
-from deltakern.nn.weights import one_call, table
+from deltakern.nn.weights import hold, one_call, table
 
 
 class DINOWorld(World):
@@ -65,7 +65,7 @@ class DINOWorld(World):
             savings=savings,
             candidate_chunk=candidate_chunk,
         )
-        self.backbone = backbone.requires_grad_(False).eval()
+        self.backbone = hold(backbone)
         self.predictor = self._make_predictor()
 
     def _features(self, frames: torch.Tensor) -> torch.Tensor:

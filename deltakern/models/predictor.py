@@ -151,7 +151,8 @@ class Predictor(Freezable, Part):
         By one product where the blocks' weights are joined (frozen, or on a GPU), else block by block.
         """
         layers = [block.attention.kv_proj for block in self.blocks]
-        if plain(nn.Linear, *layers) and all(layer.bias is not None for layer in layers) and (lasts(self) or kernels_run(memory)):
+        joined = lasts(self) and all(block.attention._frozen is self._frozen for block in self.blocks)
+        if (joined or kernels_run(memory)) and plain(nn.Linear, *layers) and all(layer.bias is not None for layer in layers):
             dtype = dtype_for(layers[0], memory)
             parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
             together = product(self, "kv", parameters, dtype, join, memory.to(dtype))

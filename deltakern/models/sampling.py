@@ -25,7 +25,7 @@ from deltakern import backend, ops
 from deltakern.models.noise import KINDS, IndexedNoise
 from deltakern.models.validate import check_positive
 from deltakern.nn.block import all_plain
-from deltakern.nn.weights import Derived, Snapshot, calling, check_once, dtype_for, store_of, table
+from deltakern.nn.weights import Derived, Snapshot, calling, check_once, dtype_for, outside, store_of, table
 
 if TYPE_CHECKING:
     from deltakern.models.deltatok import DeltaTok, Rope
@@ -335,7 +335,8 @@ def chosen_samples(which: Which, tokens: torch.Tensor) -> torch.Tensor | None:
     """(B,K) samples that ``which`` names of tokens (B,S,h,D); None for "none"."""
     batch, samples = tokens.shape[:2]
     if callable(which):
-        which = which(tokens)
+        with outside():
+            which = which(tokens)
     if isinstance(which, str):
         if which not in ("all", "last", "none"):
             raise ValueError(f"decode must be 'all', 'last', 'none' or indices of samples, got {which!r}")

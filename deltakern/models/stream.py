@@ -13,7 +13,7 @@ import torch
 from deltakern.models import sampling
 from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
 from deltakern.models.validate import check_frames, check_positive
-from deltakern.nn.weights import Derived, Snapshot, StaleCacheError, calling
+from deltakern.nn.weights import Derived, Snapshot, StaleCacheError, calling, outside
 
 if TYPE_CHECKING:
     from deltakern.models.deltaworld import DeltaWorld
@@ -75,7 +75,7 @@ class Stream:
     def reset(self) -> None:
         """Forgets all frames; needed before a new video and after weights changed."""
         self._weights: Snapshot | None = None
-        self._derived = Derived(lasting=True)
+        self._derived: Derived | None = None
         self._count = 0
         self._size: tuple[int, int] | None = None
         self._features: list[torch.Tensor] = []  # (1,N,D) each: the last frame's, or the window's with first="black"
@@ -132,10 +132,11 @@ class Stream:
         features = tokenizer.features(frames)[:, 0]
         before = self._features[-1] if self._features else tokenizer.black_features(frames)
         token = tokenizer.encode(before, features, tokenizer._rope(frames))
-        self._size = size
+        projected = self.world.predictor.project(token)
+        self._size = size  # nothing is kept of a frame until all is computed
         self._features = [*self._features[1 - self.context :], features] if self.first == "black" and self.context > 1 else [features]
         self._tokens.append(token)
-        self._projected.append(self.world.predictor.project(token))
+        self._projected.append(projected)
         self._times.append(time)
         for kept in (self._tokens, self._projected, self._times):
             del kept[: -self.context]
@@ -209,6 +210,10 @@ class Stream:
             noise: generator, queries, seed or noise, as in :meth:`sample`.
         """
         tokens = type(self).sample.__wrapped__(self, timestamps, num_samples, memory_budget=memory_budget, **noise)
+        if callable(decode):
+            with outside():
+                decode = decode(tokens)
+            self._look()
         times = torch.as_tensor(timestamps, dtype=torch.float64).reshape(1, -1)
         last = self._features[-1]
         return self.world._futures(tokens, last, self._size, times, self._window()[0], decode, memory_budget)
@@ -221,19 +226,20 @@ class Stream:
             raise ValueError(f"timestamp must not go backwards, got {time:g} s after {self._times[-1]:g} s; reset() before a new video")
         return time
 
-    @contextlib.contextmanager
-    def _calling(self) -> Iterator[None]:
-        """Within the context, derived weights are the stream's.
-
-        Raises:
-            StaleCacheError: the weights are known not to be those of the first frame.
-        """
-        if self._weights is None or self._count == 0:
-            self._weights, self._derived = Snapshot(self.world), Derived(lasting=True)
-        elif (what := self._weights.changed()) is not None:
+    def _look(self) -> None:
+        """Raises :class:`StaleCacheError` where the weights are known not to be those of the first frame."""
+        if (what := self._weights.changed()) is not None:
             raise StaleCacheError(
                 f"the model's weights changed since this stream's frames were pushed; call reset() and push them again ({what})"
             )
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Within the context, derived weights are the stream's, after a :meth:`_look`."""
+        if self._weights is None or self._count == 0:
+            self._weights, self._derived = Snapshot(self.world), Derived(lasting=True, owners=self.world)
+        else:
+            self._look()
         with calling(self._derived):
             yield
 

@@ -15,7 +15,7 @@ from deltakern.models.predictor import Predictor
 from deltakern.models.validate import check_frames, check_positive, check_timestamps
 from deltakern.nn import Residual, StaleCacheError
 from deltakern.nn.product import ROWS_ONE_CALL
-from deltakern.nn.weights import Freezable, Snapshot, one_call, table
+from deltakern.nn.weights import Freezable, Snapshot, one_call, outside, table
 from deltakern.ops.context_attention import temporal_angles as axis_angles  # the same formula on every axis
 
 __all__ = ["World", "axis_angles", "loss_name", "rotate_axes"]
@@ -264,7 +264,8 @@ class World(Freezable, ABC):
                     index = (search.result()[0] - offset).clamp(min=0)  # meant where it is better, any index elsewhere
                 else:
                     candidates = self.predictor.predictions(entry)
-                    losses = criterion(candidates, target.unsqueeze(2).expand_as(candidates)).flatten(3).mean(-1)
+                    with outside():
+                        losses = criterion(candidates, target.unsqueeze(2).expand_as(candidates)).flatten(3).mean(-1)
                     loss, index = losses.min(-1)
                     better = torch.ones_like(loss, dtype=torch.bool)
                     if best_loss is not None:

@@ -352,7 +352,7 @@ class SelfAttention(Freezable):
         return {"q, k, v and gate": (*self._layers(), *self.norms()), "output": (self.o_proj,)}
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Freezable):
     """Pre-norm block: norm1, attention, layer_scale1, residual; norm2, mlp, layer_scale2, residual.
 
     Args:
@@ -509,5 +509,6 @@ def explain(block: TransformerBlock) -> BlockExplanation:
         found[names[norm]] = way((norm,), "weights are read at every use")
         for name, layers in part.groups().items():
             found[f"{names[part]}, {name}"] = way(layers, "frozen: derived once" if frozen else "live: weights are read at every use")
-        found[names[scale]] = way((scale,), "frozen: folded into the projection" if frozen else "live: read at every use")
+        folded = "frozen: folded into the projection, where that is plain and not float16"
+        found[names[scale]] = way((scale,), folded if frozen else "live: read at every use")
     return BlockExplanation(found)

@@ -32,13 +32,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from deltakern import backend
 
 SAMPLED = 8
-"""Elements of a parameter that are compared, spread evenly over it."""
+"""Elements of a parameter that are compared, spread evenly over it from the first to about the last."""
 
 Parameters = Sequence[torch.Tensor | None]
-Mark = tuple[int, torch.Tensor | None]
+Place = tuple[int, torch.Size, tuple[int, ...]]
+Mark = tuple[Place, torch.Tensor | None]
 Value = TypeVar("Value")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class FrozenWeightsError(RuntimeError):
@@ -96,9 +98,18 @@ def plain(kind: type[nn.Module], *layers: nn.Module) -> bool:
     return True
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything below ``module`` has hooks or a forward put in the place of its own: calling it is more than its weights."""
-    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in module.modules())
+def settled(module: nn.Module) -> bool:
+    """Whether what ``module`` computes depends on its parameters and buffers alone: no hooks, no forward put in the place of another, no
+    class that is neither torch's nor this package's, and nothing live in it where it can be frozen."""
+    for part in module.modules():
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+            return False
+        if isinstance(part, Freezable):
+            if not lasts(part):
+                return False
+        elif not type(part).__module__.startswith(("torch.nn.modules.", "deltakern.")):
+            return False
+    return True
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -106,9 +117,8 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     if tensor.is_meta or tensor.numel() == 0:
         return None
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    step = max(1, span // SAMPLED)
-    step += (step + 1) % 2  # odd, so that not all lie in one column
-    found = tensor.detach().as_strided((max(1, span // step),), (step,))
+    count = min(SAMPLED, span)
+    found = tensor.detach().as_strided((count,), (max(1, (span - 1) // max(1, count - 1)),))
     return found.view(_BITS[found.element_size()]) if found.element_size() in _BITS else None
 
 
@@ -117,7 +127,12 @@ def _mark(tensor: torch.Tensor | None) -> Mark | None:
     if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.layout != torch.strided:
         return None
     view = _sample(tensor)
-    return tensor.data_ptr(), None if view is None else view.clone()
+    return _place(tensor), None if view is None else view.clone()
+
+
+def _place(tensor: torch.Tensor) -> Place:
+    """Where a tensor lies, and how."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 class Guard:
@@ -131,7 +146,7 @@ class Guard:
         """``were``: address and samples of each at an earlier time, see :func:`_mark`."""
         marked = [(t, _mark(t)) for t in tensors] if were is None else zip(tensors, were, strict=True)
         marked = [(t, *mark) for t, mark in marked if mark is not None]
-        self._tensors, self._pointers, values = ([entry[i] for entry in marked] for i in range(3))
+        self._tensors, self._places, values = ([entry[i] for entry in marked] for i in range(3))
         if self.moved() is not None:  # before there was a guard: there is nothing more to compare
             self._on_cpu, self._on_gpu = [], []
             return
@@ -152,10 +167,10 @@ class Guard:
                     self._on_gpu.append((indices, now, torch.cat(before)))
 
     def moved(self) -> torch.Tensor | None:
-        """A tensor that lies elsewhere than it did."""
-        if [t.data_ptr() for t in self._tensors] == self._pointers:
+        """A tensor that lies elsewhere than it did, or otherwise."""
+        if list(map(_place, self._tensors)) == self._places:
             return None
-        return next(t for t, pointer in zip(self._tensors, self._pointers, strict=True) if t.data_ptr() != pointer)
+        return next(t for t, place in zip(self._tensors, self._places, strict=True) if _place(t) != place)
 
     @torch.no_grad()
     def changed(self) -> torch.Tensor | None:
@@ -208,14 +223,17 @@ class _Entry(NamedTuple):
 class Derived:
     """What is derived from weights: for as long as one public call, or, ``lasting``, as whoever made this sees fit.
 
+    Args:
+        lasting: it outlives the call.
+        owners: whose weights alone may be derived into it; None for any.
+
     Attributes:
         token: another object whenever all that was derived is dropped; what was computed or captured with it is void then.
-        checked: stores of frozen models that were looked at in this call.
     """
 
-    def __init__(self, lasting: bool = False) -> None:
+    def __init__(self, lasting: bool = False, owners: nn.Module | None = None) -> None:
         self.lasting, self.token = lasting, object()
-        self.checked: set[Frozen] = set()
+        self.owners = None if owners is None else frozenset(owners.modules())
         self._kept: dict[tuple[nn.Module, Any], _Entry] = {}
 
     def get(self, owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[], Value]) -> Value:
@@ -223,11 +241,16 @@ class Derived:
         entry = self._kept.get((owner, key))
         if entry is None or len(entry.parameters) != len(parameters) or not all(map(operator.is_, entry.parameters, parameters)):
             with torch.inference_mode(False), torch.no_grad():
-                entry = self._kept[owner, key] = self._made(tuple(parameters), make)
+                entry = self._keep((owner, key), tuple(parameters), make)
         return entry.value
 
-    def _made(self, parameters: tuple[torch.Tensor | None, ...], make: Callable[[], Value]) -> _Entry:
-        return _Entry(parameters, make(), ())
+    def _keep(self, at: tuple[nn.Module, Any], parameters: tuple[torch.Tensor | None, ...], make: Callable[[], Value]) -> _Entry:
+        entry = self._kept[at] = _Entry(parameters, make(), ())
+        return entry
+
+    def renew(self) -> None:
+        """Drops what was derived."""
+        self._kept, self.token = {}, object()
 
 
 class Frozen(Derived):
@@ -238,56 +261,47 @@ class Frozen(Derived):
 
     def __init__(self) -> None:
         super().__init__(lasting=True)
-        self.trained: list[tuple[nn.Module, str]] = []
-        """Parameters that required a gradient before they were frozen."""
         self._guard: Guard | None = None
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"trained": self.trained}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Frozen, ()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
-        self.trained = state["trained"]
+    def _keep(self, at: tuple[nn.Module, Any], parameters: tuple[torch.Tensor | None, ...], make: Callable[[], Value]) -> _Entry:
+        marks = tuple(map(_mark, parameters))
+        entry = _Entry(parameters, make(), marks)
+        with self._lock:
+            self._kept[at], self._guard = entry, None
+        return entry
 
     def renew(self) -> None:
         """Drops what was derived, because the weights are others by the model's own doing."""
         with self._lock:
             if self._kept:
-                self._kept, self._guard, self.token = {}, None, object()
+                super().renew()
+                self._guard = None
 
-    def changed(self) -> str | None:
-        """The name of a parameter that is not what it was when something was derived from it."""
+    def check(self) -> None:
+        """Raises :class:`FrozenWeightsError` where the parameters are known not to be what they were."""
         with self._lock:
             if not self._kept:
-                return None
+                return
             if self._guard is None:
                 found = {id(t): (t, m) for e in self._kept.values() for t, m in zip(e.parameters, e.marks, strict=True) if t is not None}
                 self._guard = Guard([t for t, _ in found.values()], [m for _, m in found.values()])
             tensor = self._guard.changed()
-        return None if tensor is None else self._name(tensor)
-
-    def check(self) -> None:
-        """Raises :class:`FrozenWeightsError` where the parameters are known not to be what they were."""
-        if (name := self.changed()) is not None:
+        if tensor is not None:
             raise FrozenWeightsError(
-                f"{name} of a frozen model was written to: its results would be those of the weights of before. Call "
-                "deltakern.unfreeze(model) before weights change and deltakern.freeze(model) after, or use load_state_dict"
+                f"{self._name(tensor)} of a frozen model was written to: its results would be those of the weights of before. Call "
+                "deltakern.unfreeze(model) before weights change and deltakern.freeze(model) after, or load_state_dict of the model"
             )
 
     def _name(self, tensor: torch.Tensor) -> str:
-        for (owner, _), entry in self._kept.items():
+        for (owner, _), entry in list(self._kept.items()):
             if any(p is tensor for p in entry.parameters):
                 name = next((n for n, p in owner.named_parameters() if p is tensor), None)
                 return f"{type(owner).__name__}.{name}" if name else f"a parameter beside {type(owner).__name__}"
         return "a parameter"
-
-    def _made(self, parameters: tuple[torch.Tensor | None, ...], make: Callable[[], Value]) -> _Entry:
-        marks = tuple(map(_mark, parameters))
-        entry = _Entry(parameters, make(), marks)
-        with self._lock:
-            self._guard = None
-        return entry
 
 
 class Snapshot:
@@ -296,10 +310,15 @@ class Snapshot:
     def __init__(self, module: nn.Module) -> None:
         parts = list(module.modules())
         self._groups = [group for m in parts for group in (m._parameters, m._buffers, m._modules) if group]
+        self._parts, self._dicts = parts, [m.__dict__ for m in parts]
         self._hooks = [hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._held = self._objects()
-        self._hooked = any(self._hooks)
+        self._held, self._ways = self._objects(), self._how()
         self._guard = Guard([x for x in self._held if isinstance(x, torch.Tensor)])
+
+    def _how(self) -> tuple[Any, ...]:
+        """What is called where a module is: its class, its hooks, a forward put in the place of its own."""
+        forwards = [(i, d["forward"]) for i, d in enumerate(self._dicts) if "forward" in d]
+        return list(map(type, self._parts)), [(i, *hooks) for i, hooks in enumerate(self._hooks) if hooks], forwards
 
     def _objects(self) -> list[Any]:
         """One that is offloaded is on the meta device between calls, another one each time."""
@@ -311,8 +330,8 @@ class Snapshot:
         now = self._objects()
         if len(now) != len(self._held) or not all(map(operator.is_, now, self._held)):
             return "a parameter or a module is another one"
-        if any(self._hooks) != self._hooked:
-            return "hooks came or went"
+        if self._how() != self._ways:
+            return "a hook, a forward or a class is another one"
         return "a parameter lies elsewhere" if self._guard.moved() is not None else None
 
     def changed(self) -> str | None:
@@ -320,19 +339,56 @@ class Snapshot:
         return self.moved() or ("a parameter was written to" if self._guard.changed() is not None else None)
 
 
-_call: ContextVar[Derived | None] = ContextVar("deltakern_call", default=None)
+class Call:
+    """One public call, from its begin to its end.
+
+    Attributes:
+        store: where what is derived of live weights is kept.
+        checked: stores of frozen models that were looked at.
+        open: until its end; a task that was started within it and outlives it sees by this that it is over.
+    """
+
+    def __init__(self, store: Derived) -> None:
+        self.store, self.checked, self.open = store, set(), True
+
+
+_call: ContextVar[Call | None] = ContextVar("deltakern_call", default=None)
+
+
+def current_call() -> Call | None:
+    """The public call that this is a part of."""
+    call = _call.get()
+    return call if call is not None and call.open else None
 
 
 @contextlib.contextmanager
-def calling(store: Derived | None = None) -> Iterator[Derived]:
+def calling(store: Derived | None = None) -> Iterator[Call]:
     """Within the context, what is derived of live weights is kept in ``store``, one call's own by default."""
-    store = Derived() if store is None else store
-    token = _call.set(store)
+    call = Call(Derived() if store is None else store)
+    token = _call.set(call)
     try:
-        yield store
+        yield call
+    finally:
+        call.open = False
+        _call.reset(token)
+
+
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """Within the context, a user's code runs that may do as it likes, write to weights too: it is no part of the call, which afterwards
+    derives anew what it had derived for itself, and looks at frozen weights again."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    call, token = current_call(), _call.set(None)
+    try:
+        yield
     finally:
         _call.reset(token)
-        store.checked.clear()
+        if call is not None:
+            call.checked.clear()
+            if not call.store.lasting:
+                call.store.renew()
 
 
 def one_call(method: Callable[..., Value]) -> Callable[..., Value]:
@@ -340,12 +396,21 @@ def one_call(method: Callable[..., Value]) -> Callable[..., Value]:
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Value:
-        if torch.compiler.is_compiling() or _call.get() is not None:
+        if torch.compiler.is_compiling() or current_call() is not None:
             return method(*args, **kwargs)
         with calling():
             return method(*args, **kwargs)
 
     return run
+
+
+def _frozen_below(module: nn.Module) -> nn.Module | None:
+    """A frozen module that ``module.train()`` would reach."""
+    if getattr(module, "_frozen", None) is not None:
+        return module
+    kept = getattr(module, "stay_evaluating", ())
+    below = (_frozen_below(child) for name, child in module.named_children() if name not in kept)
+    return next((found for found in below if found is not None), None)
 
 
 class Freezable(nn.Module):
@@ -361,8 +426,8 @@ class Freezable(nn.Module):
         Raises:
             FrozenWeightsError: of a frozen module, for training.
         """
-        if mode and self._frozen is not None:
-            raise FrozenWeightsError(f"{type(self).__name__} is frozen and does not train: call deltakern.unfreeze(model) first")
+        if mode and (found := _frozen_below(self)) is not None:  # before any mode is set
+            raise FrozenWeightsError(f"{type(found).__name__} is frozen and does not train: call deltakern.unfreeze(model) first")
         self.training = mode
         for name, child in self.named_children():
             child.train(mode and name not in self.stay_evaluating)
@@ -380,11 +445,17 @@ class Freezable(nn.Module):
 
 
 def store_of(owner: nn.Module) -> Derived | None:
-    """Where what ``owner`` derives is kept now; None where it is used once. Under torch.compile it is derived inside the graph."""
-    if torch.compiler.is_compiling():
+    """Where what ``owner`` derives is kept now; None where it is used once: outside of calls, of a model that a stream called and that is
+    not its own, and where a graph is made (torch.compile, torch.jit.trace) or nothing is computed (fake tensors)."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._get_dispatch_mode(_FAKE) is not None:
         return None
     frozen = getattr(owner, "_frozen", None)
-    return _call.get() if frozen is None else frozen
+    if frozen is not None:
+        return frozen
+    call = current_call()
+    if call is None or (call.store.owners is not None and owner not in call.store.owners):
+        return None
+    return call.store
 
 
 def lasts(owner: nn.Module) -> bool:
@@ -395,11 +466,11 @@ def lasts(owner: nn.Module) -> bool:
 
 def check_once(store: Derived | None) -> None:
     """:meth:`Frozen.check` of a frozen model's store, once a call."""
-    current = _call.get()
-    if isinstance(store, Frozen) and (current is None or store not in current.checked):
+    call = current_call()
+    if isinstance(store, Frozen) and (call is None or store not in call.checked):
         store.check()
-        if current is not None:
-            current.checked.add(store)
+        if call is not None:
+            call.checked.add(store)
 
 
 def derived(owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[], Value]) -> Value:
@@ -431,6 +502,10 @@ def kernels_run(x: torch.Tensor) -> bool:
     return x.is_cuda or backend.preferred() == "triton"
 
 
+_TRAINED = "_required_grad"
+"""Where a frozen module notes which of its parameters required a gradient."""
+
+
 class Part:
     """A class whose instances are frozen as one: their weights are looked at together, once a call."""
 
@@ -448,50 +523,61 @@ def freeze(model: nn.Module) -> nn.Module:
     if not is_freezable(model):
         raise TypeError(f"freeze: expected a model of deltakern's, or one that holds such a model, got {type(model).__name__}")
     model.eval()
+    for module in model.modules():
+        trained = {name for name, p in module._parameters.items() if p is not None and p.requires_grad}
+        if trained or _TRAINED in module.__dict__:
+            module.__dict__[_TRAINED] = tuple(trained.union(module.__dict__.get(_TRAINED, ())))
+    model.requires_grad_(False)
     for part in model.modules():
         if part is model or isinstance(part, Part):
-            owners = [m for m in part.modules() if isinstance(m, Freezable)]
             store = Frozen()
-            for module in part.modules():
-                before = getattr(module, "_frozen", None)
-                known = {name for m, name in before.trained if m is module} if isinstance(before, Frozen) else set()
-                store.trained += [(module, n) for n, p in module._parameters.items() if p is not None and (p.requires_grad or n in known)]
-            for owner in owners:
-                owner.__dict__["_frozen"] = store
-    model.requires_grad_(False)
+            for owner in part.modules():
+                if isinstance(owner, Freezable):
+                    if owner._frozen is not None:
+                        owner._frozen.renew()  # for those that keep it
+                    owner.__dict__["_frozen"] = store
     return model
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
     """Makes ``model`` live again: derived weights are dropped, parameters that required a gradient before :func:`freeze` require one
     again. It stays in evaluation mode. Returns it."""
-    within = set(model.modules())
-    for owner in within:
-        store = owner.__dict__.pop("_frozen", None)
-        for module, name in store.trained if isinstance(store, Frozen) else ():
-            parameter = module._parameters.get(name)
-            if module in within and parameter is not None:
-                parameter.requires_grad_(True)
+    for module in model.modules():
+        store = module.__dict__.pop("_frozen", None)
+        if store is not None:
+            store.renew()  # for those that keep it
+        for name in module.__dict__.pop(_TRAINED, ()):
+            if module._parameters.get(name) is not None:
+                module._parameters[name].requires_grad_(True)
     return model
+
+
+def hold(model: nn.Module) -> nn.Module:
+    """Puts a part that its owner never trains into evaluation mode, without gradients, live or frozen as it is. Returns it."""
+    for module in model.modules():
+        module.__dict__.pop(_TRAINED, None)
+    return model.requires_grad_(False).eval()
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context ``model`` is frozen; behind it, it is as it was: its mode, its gradients, what of it was frozen."""
-    modes = [(m, m.__dict__.get("_frozen"), m.training) for m in model.modules()]
-    gradients = [(p, p.requires_grad) for p in model.parameters()]
+    """Within the context ``model`` is frozen; behind it, it is as it was: its mode, its gradients, what of it was frozen. Nothing is done
+    where all of it was. A backward pass through activation checkpoints belongs within: it computes the forward pass again."""
     if is_frozen(model):
         yield model
         return
-    freeze(model)
+    modes = [(m, m.__dict__.get("_frozen"), m.__dict__.get(_TRAINED), m.training) for m in model.modules()]
+    gradients = [(p, p.requires_grad) for p in model.parameters()]
     try:
+        freeze(model)
         yield model
     finally:
         unfreeze(model)
-        for module, store, training in modes:
+        for module, store, trained, training in modes:
             module.training = training
-            if store is not None:
-                module.__dict__["_frozen"] = store
+            for name, value in (("_frozen", store), (_TRAINED, trained)):
+                if value is not None:
+                    module.__dict__[name] = value
         for parameter, wanted in gradients:
             parameter.requires_grad_(wanted)
 
