@@ -243,10 +243,11 @@ class DeltaTok(Freezable, Part):
         def make() -> torch.Tensor:
             return self.features(black)[:, 0]
 
-        if not lasts(self) or not settled(self.backbone):
+        owner = self.backbone if isinstance(self.backbone, Freezable) else self
+        if not lasts(owner) or not settled(self.backbone):
             return make().expand(batch, -1, -1)
         key = ("black", black.shape, black.dtype, black.device, compute_dtype(black.device.type, torch.float32), *self.backbone.modules())
-        return derived(self, key, [*self.backbone.parameters(), *self.backbone.buffers()], make).expand(batch, -1, -1)
+        return derived(owner, key, [*self.backbone.parameters(), *self.backbone.buffers()], make).expand(batch, -1, -1)
 
     def _rope(self, frames: torch.Tensor) -> Rope:
         """Cosines and sines (N, D / heads) for the patches of frames (..., H, W); stretched at random while training."""

@@ -14,7 +14,7 @@ from deltakern.models import checkpoint
 from deltakern.models.validate import check_frames, check_uint8
 from deltakern.nn import Block, Residual
 from deltakern.nn.block import Rope, add_and_norm
-from deltakern.nn.weights import Part, one_call
+from deltakern.nn.weights import Freezable, Part, one_call
 
 DEFAULT_WEIGHTS = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 
@@ -157,7 +157,7 @@ class VisionTransformer(nn.Module):
         return add_and_norm(entry.rows(slice(prefix, None)), self.norm, None)[1]
 
 
-class DINOv3(nn.Module, Part):
+class DINOv3(Freezable, Part):
     """DINOv3 as the frozen backbone: uint8 frames (B,T,3,H,W) to patch features (B,T,N,D), N = H/16 * W/16.
 
     Args:

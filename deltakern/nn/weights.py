@@ -74,8 +74,8 @@ def odd(layer: nn.Module, kind: type[nn.Module]) -> str:
     if "forward" in layer.__dict__:
         return "has a forward of its own"
     for name, parameter in layer._parameters.items():
-        if parameter is not None and type(parameter) not in _ORDINARY:
-            return f"has a {name} of type {type(parameter).__name__}"
+        if parameter is not None and (type(parameter) not in _ORDINARY or parameter.layout is not torch.strided):
+            return f"has a {name} of type {type(parameter).__name__}, {parameter.layout}"
     return ""
 
 
@@ -93,7 +93,7 @@ def plain(kind: type[nn.Module], *layers: nn.Module) -> bool:
         ):
             return False
         for parameter in layer._parameters.values():
-            if parameter is not None and type(parameter) not in _ORDINARY:
+            if parameter is not None and (type(parameter) not in _ORDINARY or parameter.layout is not torch.strided):
                 return False
     return True
 
@@ -316,9 +316,13 @@ class Snapshot:
         self._guard = Guard([x for x in self._held if isinstance(x, torch.Tensor)])
 
     def _how(self) -> tuple[Any, ...]:
-        """What is called where a module is: its class, its hooks, a forward put in the place of its own."""
-        forwards = [(i, d["forward"]) for i, d in enumerate(self._dicts) if "forward" in d]
-        return list(map(type, self._parts)), [(i, *hooks) for i, hooks in enumerate(self._hooks) if hooks], forwards
+        """What is called where a module is: its class, its hooks, a forward put in the place of its own; and an eps that it has."""
+        own = [(i, d.get("forward"), d.get("eps")) for i, d in enumerate(self._dicts) if "forward" in d or "eps" in d]
+        return list(map(type, self._parts)), [(i, *hooks) for i, hooks in enumerate(self._hooks) if hooks], own
+
+    def __deepcopy__(self, memo: Any) -> Snapshot:
+        """Of the same module: a rollout's state may be copied, its model is not."""
+        return self
 
     def _objects(self) -> list[Any]:
         """One that is offloaded is on the meta device between calls, another one each time."""
@@ -331,7 +335,7 @@ class Snapshot:
         if len(now) != len(self._held) or not all(map(operator.is_, now, self._held)):
             return "a parameter or a module is another one"
         if self._how() != self._ways:
-            return "a hook, a forward or a class is another one"
+            return "a hook, a forward, a class or an eps is another one"
         return "a parameter lies elsewhere" if self._guard.moved() is not None else None
 
     def changed(self) -> str | None:
