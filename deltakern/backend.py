@@ -250,14 +250,19 @@ def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], 
 
 def _here(facts: Facts) -> Facts:
     """With a note under torch.func's transforms, for which kernels have no rules; torch.compile traces through these by itself."""
-    if facts.note or torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if not torch._C._are_functorch_transforms_active() or facts.note or torch.compiler.is_compiling():
         return facts
     return facts._replace(note="kernels have no rules for the transforms of torch.func")
 
 
 def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:
     """The name of the implementation that a call with these facts takes. Warns, or raises, as the module says."""
-    return _choose(function.op.name, impl, *_here(facts))
+    if torch.compiler.is_compiling():
+        return _choose(function.op.name, impl, *facts)
+    chosen, missed = _choose_once(function.op.name, impl, _here(facts), preferred())
+    if missed:
+        _report_missed(function.op.name, facts.device, missed)
+    return chosen
 
 
 def chosen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deltakern import backend
 from deltakern.nn import product as products
 from deltakern.nn.product import product
-from deltakern.nn.weights import Derived, Freezable, calling, freeze, unfreeze
+from deltakern.nn.weights import Derived, Freezable, calling, freeze, store_of, unfreeze
 from deltakern.report import flops
 
 pytestmark = pytest.mark.skipif(not products.available(), reason="this torch has no oneDNN")
@@ -112,7 +112,7 @@ def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch):
     many, few = torch.randn(2048, 64), torch.randn(8, 64)
 
     def taken(x=many, dtype=torch.float32, activation="none") -> bool:
-        return products.reorders(owner, x, (weight,), dtype, activation) == activation
+        return products.reorders(store_of(owner), x, (weight,), dtype, activation) == activation
 
     assert not taken()  # gradients are on
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch):
             assert not taken(many[:1023])  # not worth reordering for one call
     monkeypatch.setattr(products, "available", lambda: False)
     with torch.no_grad():
-        assert not products.reorders(freeze(owner), many, (weight,), torch.float32)
+        assert not products.reorders(store_of(freeze(owner)), many, (weight,), torch.float32)
 
 
 def assert_not(value: bool) -> None:

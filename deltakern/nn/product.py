@@ -20,7 +20,7 @@ from torch import nn
 
 from deltakern import backend, ops
 from deltakern.nn.recompute import Fleeting, recomputed_linear
-from deltakern.nn.weights import Parameters, derived, plain, store_of
+from deltakern.nn.weights import Derived, Parameters, derived, derived_in, plain, store_of
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -84,14 +84,14 @@ def evaluates(x: torch.Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def reorders(owner: nn.Module, x: torch.Tensor, parameters: Parameters, dtype: torch.dtype, activation: str = "none") -> str | None:
-    """What goes to oneDNN of the product of x (...,D) with what is derived from ``parameters`` and of the activation behind it:
-    ``activation``, "none" for the product alone, or None for neither."""
-    if not evaluates(x, dtype):
+def reorders(store: Derived | None, x: torch.Tensor, parameters: Parameters, dtype: torch.dtype, activation: str = "none") -> str | None:
+    """What goes to oneDNN of the product of x (...,D) with what is derived from ``parameters``, to be kept in ``store``, and of the
+    activation behind it: ``activation``, "none" for the product alone, or None for neither."""
+    if store is None or not evaluates(x, dtype):
         return None
-    store, width = store_of(owner), x.shape[-1]
+    width = x.shape[-1]
     rows = x.numel() // width
-    if store is None or (not store.lasting and rows < ROWS_ONE_CALL):
+    if not store.lasting and rows < ROWS_ONE_CALL:
         return None
     elements = 0
     for parameter in parameters:
@@ -162,14 +162,15 @@ def product(
     """
     if isinstance(x, Fleeting):
         return recomputed_linear(x, *cast(owner, name, parameters, dtype, build))
-    then = reorders(owner, x, parameters, dtype, activation)
+    store = store_of(owner)
+    then = reorders(store, x, parameters, dtype, activation)
     if then is not None:
 
         def make() -> Pair:
             weight, bias = build(*parameters)
             return reorder(weight), bias
 
-        out = pointwise(x, *derived(owner, (name, "reordered"), parameters, make), then)
+        out = pointwise(x, *derived_in(store, owner, (name, "reordered"), parameters, make), then)
     else:
         out = F.linear(x, *cast(owner, name, parameters, dtype, build))
     return out if activation in ("none", then) else ops.gelu(out)

@@ -480,7 +480,11 @@ def check_once(store: Derived | None) -> None:
 def derived(owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[], Value]) -> Value:
     """``make()``, which is made of ``parameters``: kept for the call or, frozen, until further notice; where gradients flow to a
     parameter, anew."""
-    store = store_of(owner)
+    return derived_in(store_of(owner), owner, key, parameters, make)
+
+
+def derived_in(store: Derived | None, owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[], Value]) -> Value:
+    """:func:`derived`, where :func:`store_of` was asked."""
     if store is None:
         return make()
     if isinstance(store, Frozen):

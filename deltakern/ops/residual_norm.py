@@ -35,15 +35,16 @@ def residual_norm_reference(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Plain PyTorch. See the module's docstring for the contract."""
-    wide = torch.float64 if stream.dtype == torch.float64 else torch.float32
-    # A cast that casts nothing takes as long as adding two small tensors
-    first, second, *rest = (t if t is None or t.dtype is wide else t.to(wide) for t in (stream, branch, scale, weight, bias))
-    scale, weight, bias = rest
-    total = (first + second if scale is None else torch.addcmul(first, second, scale)).to(stream.dtype)
+    dtype = stream.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if not (dtype is branch.dtype is wide):  # a cast that casts nothing takes as long as adding two small tensors
+        stream, branch = stream.to(wide), branch.to(wide)
+    total = stream + branch if scale is None else torch.addcmul(stream, branch, scale.to(wide))
+    stored = total if dtype is wide else total.to(dtype)
     if weight is None:
-        return total, None
-    normed = F.layer_norm(total.to(wide), total.shape[-1:], weight, bias, eps)
-    return total, normed.to(out_dtype or stream.dtype)
+        return stored, None
+    normed = F.layer_norm(stored.to(wide), stored.shape[-1:], weight.to(wide), None if bias is None else bias.to(wide), eps)
+    return stored, normed.to(out_dtype or dtype)
 
 
 def _facts(stream, branch, scale, weight, bias, *, out_dtype=None, **_) -> backend.Facts:
