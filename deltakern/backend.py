@@ -265,6 +265,14 @@ def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:
     return chosen
 
 
+def direct(function: Callable[..., Any], x: torch.Tensor) -> Callable[..., Any]:
+    """An op, or its reference where that is what runs: on a CPU, of an op with no kernel for it, whose checks and choice take as long as
+    a small norm. For callers whose arguments are known to fit."""
+    if x.is_cpu and "cpp" not in function.op.kernels and not torch.compiler.is_compiling() and preferred() != "triton":
+        return function.reference
+    return function
+
+
 def chosen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """The implementation that ``function(*args, **kwargs)`` takes, to be named in a later call that must take the same."""
     return choose(function, "auto", function.op.facts(*args, **kwargs))

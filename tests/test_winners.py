@@ -14,7 +14,7 @@ pytest.importorskip("av")
 pytest.importorskip("pyarrow")
 
 import stored
-from test_distributed import CRITERION, in_two_processes
+from test_distributed import CRITERION, in_two_processes, one_thread  # noqa: F401 - a fixture for every test
 
 from deltakern.models import DeltaWorld
 from deltakern.nn import product as products
@@ -30,15 +30,6 @@ PREDICTOR = Predictor(width=128, layers=2, heads=2, mlp_ratio=4, candidates=256,
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stored.write_store(tmp_path_factory.mktemp("tokens") / "store", videos=24, width=64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -150,19 +141,19 @@ def test_sharded_training_picks_the_winners_of_a_fresh_copy(tmp_path, dtype):
 
 
 def _train(tokens: Path, out: Path, precision: str, end: int | None = None) -> None:
-    """Ten steps of 32 clips and 256 candidates; ``end`` is a signal to itself during the seventh."""
+    """Seven steps of 32 clips and 256 candidates; ``end`` is a signal to itself during the fifth."""
     torch.set_num_threads(1)
     products.takes = lambda *_: True
     add = Log.add
 
     def telling(self, step, **values):
         add(self, step, **values)
-        if step == 6 and end is not None:
+        if step == 4 and end is not None:
             os.kill(os.getpid(), end)
 
     Log.add = telling
     small = Predictor(width=64, layers=1, heads=1, mlp_ratio=4, candidates=256, samples=3, layer_scale_init=0.1)
-    train_world(tokens, out, options(32, steps=10, save_every=4, precision=precision), predictor=small, val_fraction=0.0)
+    train_world(tokens, out, options(32, steps=7, save_every=3, precision=precision), predictor=small, val_fraction=0.0)
 
 
 @pytest.mark.slow
@@ -179,7 +170,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tokens, tmp_path, precision):
 
     assert run("whole") == 0
     whole = Run(tmp_path / "whole")
-    for end, code, step in ((signal.SIGINT, 0, 7), (signal.SIGTERM, 0, 7), (signal.SIGKILL, -signal.SIGKILL, 4)):
+    for end, code, step in ((signal.SIGINT, 0, 5), (signal.SIGTERM, 0, 5), (signal.SIGKILL, -signal.SIGKILL, 3)):
         name = signal.Signals(end).name
         assert run(name, end) == code
         assert Run(tmp_path / name).load()[0]["step"] == step
@@ -187,5 +178,5 @@ def test_a_resumed_run_is_the_uninterrupted_one(tokens, tmp_path, precision):
         logs = [[(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / n / "metrics.csv")] for n in ("whole", name)]
         assert logs[0] == logs[1], name
         (state, weights), (ours, resumed) = whole.load(), Run(tmp_path / name).load()
-        assert state["step"] == ours["step"] == 10
+        assert state["step"] == ours["step"] == 7
         assert all(torch.equal(value, resumed.state_dict[key]) for key, value in weights.state_dict.items()), name

@@ -101,8 +101,10 @@ def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torc
     if isinstance(entry, Assembly):
         return _assemble(entry, norm.weight, norm.bias, norm.eps, out_dtype)
     if entry.branch is None:
-        return entry.stream, ops.layer_norm(entry.stream, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
-    return ops.residual_norm(entry.stream, entry.branch, entry.scale, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
+        layer_norm = backend.direct(ops.layer_norm, entry.stream)
+        return entry.stream, layer_norm(entry.stream, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
+    residual_norm = backend.direct(ops.residual_norm, entry.stream)
+    return residual_norm(*entry, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
 
 
 def _assemble(entry: Assembly, weight: torch.Tensor, bias: torch.Tensor, eps: float, out_dtype: torch.dtype | None):

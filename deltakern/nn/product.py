@@ -173,7 +173,7 @@ def product(
         out = pointwise(x, *derived_in(store, owner, (name, "reordered"), parameters, make), then)
     else:
         out = F.linear(x, *cast(owner, name, parameters, dtype, build))
-    return out if activation in ("none", then) else ops.gelu(out)
+    return out if activation in ("none", then) else backend.direct(ops.gelu, out)(out)
 
 
 def value_of(x: torch.Tensor | Fleeting) -> torch.Tensor:
