@@ -189,7 +189,8 @@ class SwiGLU(Freezable):
             hidden = apply(ops.swiglu, torch.cat(both, -1), recompute=recompute)
         else:
             wide = torch.promote_types(both[0].dtype, torch.float32)
-            hidden = (F.silu(both[0].to(wide)) * both[1].to(wide)).to(both[0].dtype)
+            hidden = F.silu(both[0].to(wide))
+            hidden = (hidden * both[1].to(wide) if torch.is_grad_enabled() else hidden.mul_(both[1].to(wide))).to(both[0].dtype)
         return apply_linear(self, "down", self.down_proj, hidden, dtype, scale=scale)
 
     def groups(self) -> dict[str, tuple[nn.Module, ...]]:
