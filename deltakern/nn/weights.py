@@ -3,7 +3,7 @@
 *Live*, the default: a weight is read when it is used. What is derived from it (packed, cast, folded, reordered) lives no longer than
 one public call (:func:`one_call`: one encode, one search, one rollout, one training step's forward), so nothing can be stale.
 
-*Frozen*, by :func:`freeze`: derived once, for inference. A frozen model refuses to train; ``.to()``, ``.half()``, ``load_state_dict``
+*Frozen*, by :func:`freeze`: derived once, for inference. A frozen model refuses ``.train()``; its ``.to()``, ``.half()``, ``load_state_dict``
 and copies derive anew. Every public call first looks at the parameters that something was derived from:
 
 * caught: a parameter whose storage moved (``.data =``, ``set_``, ``swap_tensors``, offloading), and a write that changes one of
@@ -11,7 +11,8 @@ and copies derive anew. Every public call first looks at the parameters that som
   shared memory. :class:`FrozenWeightsError` says so; on a GPU, where nobody waits for the comparison, at a later call.
 * right without being caught: a parameter, layer or block put in the place of another, a hook, an adapter, a parametrisation. These
   are looked up at every call in both states.
-* not caught: a write to single elements that are not among those sampled.
+* not caught: a write that spares the elements sampled: one head, a few rows, a sparse or tiny step; a forward put into the class
+  ``nn.Linear`` itself. Hooks must not write weights within a call: what was derived for it stays until its end.
 """
 
 from __future__ import annotations
