@@ -3,8 +3,8 @@
 *Live*, the default: a weight is read when it is used. What is derived from it (packed, cast, folded, reordered) lives no longer than
 one public call (:func:`one_call`: one encode, one search, one rollout, one training step's forward), so nothing can be stale.
 
-*Frozen*, by :func:`freeze`: derived once, for inference. A frozen model refuses ``.train()``; its ``.to()``, ``.half()``, ``load_state_dict``
-and copies derive anew. Every public call first looks at the parameters that something was derived from:
+*Frozen*, by :func:`freeze`: derived once, for inference. A frozen model refuses ``.train()``; its ``.to()``, ``.half()``,
+``load_state_dict`` and copies derive anew. Every public call first looks at the parameters that something was derived from:
 
 * caught: a parameter whose storage moved (``.data =``, ``set_``, ``swap_tensors``, offloading), and a write that changes one of
   :data:`SAMPLED` elements spread over each parameter: an optimizer's step, an average, a merged adapter, another process's write into
