@@ -48,6 +48,7 @@ class CrossAttention(Freezable):
         *,
         rows: Rows,
         scale: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
         """(B,Q,D) -> (B,Q,D).
@@ -59,11 +60,12 @@ class CrossAttention(Freezable):
             mix: ``mix(q, k, v)`` is the attention itself, of rotated or unrotated queries, as the caller defines it.
             rows, recompute: of blocks whose rows see each other; here all go on, and nothing is made again.
             scale: (D,) folded into the output projection.
+            into: (B,Q,D) that the result is added to.
         """
         dtype = dtype_for(self.q_proj, normed)
         kv = self.keys_values(memory, rotate) if isinstance(memory, torch.Tensor) else memory
         q = apply_linear(self, "q", self.q_proj, normed, dtype).unflatten(-1, (self.num_heads, -1))
-        return apply_linear(self, "out", self.out_proj, mix(q, *kv).flatten(2), dtype, scale=scale)
+        return apply_linear(self, "out", self.out_proj, mix(q, *kv).flatten(2), dtype, scale=scale, into=into)
 
     def groups(self) -> dict[str, tuple[nn.Module, ...]]:
         """What goes through one product each, by a name for it."""

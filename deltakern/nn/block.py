@@ -18,7 +18,7 @@ from torch import nn
 
 from deltakern import backend, ops
 from deltakern.nn.attend import attend, check_backend
-from deltakern.nn.product import Pair, apply_linear, cast, join, product, value_of
+from deltakern.nn.product import Pair, apply_linear, cast, evaluates, join, product, value_of
 from deltakern.nn.recompute import Fleeting, apply, check_mode, recomputes
 from deltakern.nn.weights import Freezable, dtype_for, kernels_run, lasts, odd, plain
 
@@ -149,15 +149,22 @@ class MLP(Freezable):
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
 
-    def forward(self, normed: torch.Tensor | Fleeting, scale: torch.Tensor | None = None, *, recompute: bool = False) -> torch.Tensor:
-        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection. ``recompute``: the hidden layer is made again in
-        the backward."""
+    def forward(
+        self,
+        normed: torch.Tensor | Fleeting,
+        scale: torch.Tensor | None = None,
+        *,
+        into: torch.Tensor | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``into`` (..., D) is added to. ``recompute``: the hidden
+        layer is made again in the backward."""
         dtype = dtype_for(self.up_proj, value_of(normed))
         if recompute:
             hidden = apply(ops.gelu, apply_linear(self, "up", self.up_proj, normed, dtype), recompute=True)
         else:
             hidden = apply_linear(self, "up", self.up_proj, normed, dtype, activation="gelu")
-        return apply_linear(self, "down", self.down_proj, hidden, dtype, scale=scale)
+        return apply_linear(self, "down", self.down_proj, hidden, dtype, scale=scale, into=into)
 
     def groups(self) -> dict[str, tuple[nn.Module, ...]]:
         """What goes through one product each, by a name for it."""
@@ -174,9 +181,16 @@ class SwiGLU(Freezable):
         self.up_proj = nn.Linear(width, hidden)
         self.down_proj = nn.Linear(hidden, width)
 
-    def forward(self, normed: torch.Tensor | Fleeting, scale: torch.Tensor | None = None, *, recompute: bool = False) -> torch.Tensor:
-        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection. ``recompute``: the hidden layer is made again in
-        the backward."""
+    def forward(
+        self,
+        normed: torch.Tensor | Fleeting,
+        scale: torch.Tensor | None = None,
+        *,
+        into: torch.Tensor | None = None,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``into`` (..., D) is added to. ``recompute``: the hidden
+        layer is made again in the backward."""
         gate, up = self.gate_proj, self.up_proj
         dtype = dtype_for(up, value_of(normed))
         if _packs(self, normed, gate, up) and gate.bias is not None and up.bias is not None:
@@ -191,7 +205,7 @@ class SwiGLU(Freezable):
             wide = torch.promote_types(both[0].dtype, torch.float32)
             hidden = F.silu(both[0].to(wide))
             hidden = (hidden * both[1].to(wide) if torch.is_grad_enabled() else hidden.mul_(both[1].to(wide))).to(both[0].dtype)
-        return apply_linear(self, "down", self.down_proj, hidden, dtype, scale=scale)
+        return apply_linear(self, "down", self.down_proj, hidden, dtype, scale=scale, into=into)
 
     def groups(self) -> dict[str, tuple[nn.Module, ...]]:
         """As :meth:`MLP.groups`."""
@@ -298,6 +312,7 @@ class SelfAttention(Freezable):
         rows: Rows = Rows(),  # noqa: B008 - immutable
         fold_value: bool = True,
         scale: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
         """Attention of some rows over all rows.
@@ -310,6 +325,7 @@ class SelfAttention(Freezable):
             fold_value: with ``keep="first"`` the value projection is applied behind the pooling, to one vector a head instead of L
                 tokens; exact, see ``ops.delta_pool``. Row 0 must not rotate: one of the prefix, or a row of cosine 1.
             scale: (D,) folded into the output projection.
+            into: (B, rows that go on, D) that the result is added to.
             recompute: rotated q and k, and the gated rows, are made again in the backward.
 
         Returns:
@@ -324,7 +340,7 @@ class SelfAttention(Freezable):
             mixed = attend(q, k, v, backend=self.attention, again=again)
         opened = mixed if gate is None else apply(ops.head_gate, mixed, gate, recompute=recompute and rows.keep != "first")
         flat = opened._replace(value=opened.value.flatten(2)) if isinstance(opened, Fleeting) else opened.flatten(2)
-        return apply_linear(self, "o", self.o_proj, flat, dtype_for(self.o_proj, mixed), scale=scale)
+        return apply_linear(self, "o", self.o_proj, flat, dtype_for(self.o_proj, mixed), scale=scale, into=into)
 
     def _first_row(self, normed: torch.Tensor, rope: Rope, num_prefix: int, fold_value: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Row 0 of the attention, (B,1,H,d), and its gate's logits (B,1,H) or None: keys of every token, one query."""
@@ -402,26 +418,26 @@ class TransformerBlock(Freezable):
         stream, normed = add_and_norm(entry, norm1, dtype)
         if recompute and rows != "first":
             normed = norm_again(stream, normed, norm1)
-        fold, left, call = self._scale(self.layer_scale1, self.attention, dtype)
-        branch = self.attention(normed, *context, rows=which, scale=fold, recompute=recompute, **options)
-        branch = branch if call is None else call(branch)
-        stream, normed = add_and_norm(Residual(which.kept(which.sequences(stream)), branch, left), norm2, dtype)
+        stream, options = which.kept(which.sequences(stream)), {**options, "rows": which, "recompute": recompute}
+        entry = self._branch(stream, self.layer_scale1, self.attention, dtype, normed, *context, **options)
+        stream, normed = add_and_norm(entry, norm2, dtype)
         if recompute:
             normed = norm_again(stream, normed, norm2)
-        fold, left, call = self._scale(self.layer_scale2, self.mlp, dtype)
-        branch = self.mlp(normed, fold, recompute=recompute)
+        entry = self._branch(stream, self.layer_scale2, self.mlp, dtype, normed, recompute=recompute)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
-        return Residual(stream, branch if call is None else call(branch), None if left is None else left.clone())
+        return entry if entry.scale is None else entry._replace(scale=entry.scale.clone())
 
-    def _scale(
-        self, scale: nn.Module, part: nn.Module, dtype: torch.dtype
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, nn.Module | None]:
-        """One of three: the LayerScale to be folded into a part's last projection, to be left to the residual, or to be called."""
+    def _branch(self, stream: torch.Tensor, scale: nn.Module, part: nn.Module, dtype: torch.dtype, *args: Any, **options: Any) -> Residual:
+        """``stream + scale * part(*args, **options)``: the LayerScale is folded into the part's last projection, left to the residual, or
+        called; the sum is left to the norm behind it, but where oneDNN makes the product, which adds on the way."""
         if not plain(LayerScale, scale):
-            return None, None, scale
-        lambda1 = scale.lambda1
-        folds = lasts(part) or (self.folds and torch.is_grad_enabled() and lambda1.requires_grad)
-        return (lambda1, None, None) if folds and dtype != torch.float16 else (None, lambda1, None)
+            return Residual(stream, scale(part(*args, **options)))
+        lambda1, lasting = scale.lambda1, lasts(part)
+        if dtype == torch.float16 or not (lasting or (self.folds and torch.is_grad_enabled() and lambda1.requires_grad)):
+            return Residual(stream, part(*args, **options), lambda1)
+        if lasting and evaluates(stream, dtype) and plain(type(part), part):
+            return Residual(part(*args, scale=lambda1, into=stream, **options))
+        return Residual(stream, part(*args, scale=lambda1, **options))
 
 
 class Block(TransformerBlock):

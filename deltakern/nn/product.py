@@ -107,8 +107,12 @@ def reorder(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
 
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str = "none") -> torch.Tensor:
-    """The product with a reordered weight; ``then`` "none" or "gelu" (exact)."""
+def pointwise(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str = "none", into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product with a reordered weight, added to ``into`` where that is given; ``then`` "none" or "gelu" (exact)."""
+    if into is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, into, weight, bias, "add")
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, then, [], "none" if then == "gelu" else "")
 
 
@@ -146,8 +150,9 @@ def product(
     x: torch.Tensor | Fleeting,
     *,
     activation: str = "none",
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``activation(x W^T + b)``.
+    """``activation(x W^T + b)``, added to ``into``.
 
     Args:
         owner: whose weights are live or frozen; what is derived from them goes by ``name`` there.
@@ -156,6 +161,7 @@ def product(
         build: takes the parameters and returns weight (E,D) and bias (E,) or None.
         x: (...,D); one that is made again in the backward is for the product alone.
         activation: "none" or "gelu" (exact).
+        into: (...,E) or None; with it no activation, and no gradient.
 
     Returns:
         (...,E).
@@ -170,9 +176,10 @@ def product(
             weight, bias = build(*parameters)
             return reorder(weight), bias
 
-        out = pointwise(x, *derived_in(store, owner, (name, "reordered"), parameters, make), then)
+        out = pointwise(x, *derived_in(store, owner, (name, "reordered"), parameters, make), then, into)
     else:
         out = F.linear(x, *cast(owner, name, parameters, dtype, build))
+        out = out if into is None else out.add_(into)
     return out if activation in ("none", then) else backend.direct(ops.gelu, out)(out)
 
 
@@ -189,13 +196,16 @@ def apply_linear(
     dtype: torch.dtype,
     *,
     scale: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
     activation: str = "none",
 ) -> torch.Tensor:
-    """``activation(scale * layer(x))`` of one layer (...,D) -> (...,E), ``scale`` (E,) folded into it where that can be."""
+    """``activation(scale * layer(x))`` of one layer (...,D) -> (...,E), ``scale`` (E,) folded into it where that can be;
+    added to ``into`` (...,E), see :func:`product`."""
     if not plain(nn.Linear, layer):
         out = layer(value_of(x))
         out = out if scale is None else out * scale.to(out.dtype)
+        out = out if into is None else into + out
         return ops.gelu(out) if activation == "gelu" else out
     if scale is None:
-        return product(owner, name, (layer.weight, layer.bias), dtype, as_they_are, x, activation=activation)
-    return product(owner, f"{name}, scaled", (layer.weight, layer.bias, scale), dtype, fold_scale, x, activation=activation)
+        return product(owner, name, (layer.weight, layer.bias), dtype, as_they_are, x, activation=activation, into=into)
+    return product(owner, f"{name}, scaled", (layer.weight, layer.bias, scale), dtype, fold_scale, x, activation=activation, into=into)

@@ -17,7 +17,6 @@ Source: DINOv3ViTLayer's LayerScale and residual with the LayerNorm that follows
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
@@ -37,14 +36,17 @@ def residual_norm_reference(
     """Plain PyTorch. See the module's docstring for the contract."""
     dtype = stream.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if not (dtype is branch.dtype is wide):  # a cast that casts nothing takes as long as adding two small tensors
+    # A cast that casts nothing takes as long as adding two small tensors
+    if not (dtype is branch.dtype is wide):
         stream, branch = stream.to(wide), branch.to(wide)
     total = stream + branch if scale is None else torch.addcmul(stream, branch, scale.to(wide))
     stored = total if dtype is wide else total.to(dtype)
     if weight is None:
         return stored, None
-    normed = F.layer_norm(stored.to(wide), stored.shape[-1:], weight.to(wide), None if bias is None else bias.to(wide), eps)
-    return stored, normed.to(out_dtype or dtype)
+    if not (dtype is weight.dtype is wide and (bias is None or bias.dtype is wide)):
+        weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    normed = torch.layer_norm(stored if dtype is wide else stored.to(wide), stored.shape[-1:], weight, bias, eps)
+    return stored, normed if (out_dtype or dtype) is wide else normed.to(out_dtype or dtype)
 
 
 def _facts(stream, branch, scale, weight, bias, *, out_dtype=None, **_) -> backend.Facts:
