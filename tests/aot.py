@@ -1,4 +1,4 @@
-"""Compiles the package's Triton kernels for GPUs that are not there, and reads what the assembler says of them.
+"""Compiles the package's Triton kernels for GPUs that are not there, and reads what the assembler and ``races.py`` say of them.
 
 What is compiled is what the launchers launch: every case tagged "real" is run forward and backward, on few rows, with
 ``_triton.launch`` noting its arguments instead of starting the kernel and the architecture pretended: in bfloat16, and each
@@ -18,24 +18,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import races
+
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that one program may have; the driver refuses more, the compiler does not."""
 
 
+def environment() -> dict[str, str]:
+    """Of a process that compiles."""
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), kept.get("PYTHONPATH", "")])
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 @functools.cache
 def report(workers: int = 2) -> list[dict[str, Any]]:
-    """One dictionary a kernel variant and architecture: op, ops that start it, kernel, case, architecture, registers, shared, spills."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    """One dictionary a kernel variant and architecture: op, ops that start it, kernel, case, architecture, registers, shared, spills,
+    in_place (see :func:`in_place`)."""
     here = Path(__file__).resolve()
-    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent.parent), environment.get("PYTHONPATH", "")])
-    environment.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.json" for i in range(workers)]
         running = [
             subprocess.Popen(
                 [sys.executable, str(here), str(i), str(workers), str(path)],
-                env=environment,
+                env=environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -82,10 +89,12 @@ def _launches() -> list[dict[str, Any]]:
     current: dict[str, Any] = {}
 
     def note(kernel: Any, grid: tuple[int, ...], tile: Any, *args: Any, **constexprs: Any) -> None:
-        specialised = _specialised(kernel, args, constexprs)
-        key = repr([kernel.__name__, specialised, constexprs, tile, current["arch"]])
-        launch = {"kernel": kernel, **specialised, "constexprs": constexprs, "tile": tile, "ops": [], **current}
+        known = specialised(kernel, args, constexprs)
+        key = repr([kernel.__name__, known, constexprs, tile, current["arch"]])
+        launch = {"kernel": kernel, **known, "constexprs": constexprs, "tile": tile, "ops": [], "sharing": [], **current}
         made = seen.setdefault(key, launch)
+        if (together := sharing(kernel, args, constexprs)) not in made["sharing"]:
+            made["sharing"].append(together)
         if current["op"] not in made["ops"]:
             made["ops"].append(current["op"])
 
@@ -105,7 +114,7 @@ def _launches() -> list[dict[str, Any]]:
     return list(seen.values())
 
 
-def _specialised(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any]) -> dict[str, Any]:
+def specialised(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any]) -> dict[str, Any]:
     """What Triton derives from these arguments: types, which are multiples of 16, which are compile-time constants (1, None)."""
     import torch
 
@@ -137,7 +146,18 @@ def _specialised(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any])
     return {"signature": signature, "divisible": divisible, "constants": constants}
 
 
-def _compile(launch: dict[str, Any]) -> dict[str, Any]:
+def sharing(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any]) -> list[list[str]]:
+    """Groups of arguments that lie in one memory, be it in different places of it."""
+    import torch
+
+    names: dict[int, list[str]] = {}
+    for name, value in zip((n for n in kernel.arg_names if n not in constexprs), args, strict=True):
+        if isinstance(value, torch.Tensor) and value.numel():
+            names.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def compiled(launch: dict[str, Any]) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -148,9 +168,24 @@ def _compile(launch: dict[str, Any]) -> dict[str, Any]:
     constants = {**launch["constexprs"], **launch["constants"]}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def in_place(launch: dict[str, Any], made: Any) -> dict[str, bool]:
+    """Arguments that the kernel loads and stores, by :mod:`races`: as it was written, and as the compiler has arranged it."""
+    pointers = [name for name, kind in launch["signature"].items() if kind.startswith("*")]
+    found: dict[str, bool] = {}
+    for level in ("ttir", "ttgir"):
+        for groups in launch["sharing"]:
+            for argument, race in races.in_place(made.asm[level], pointers, groups).items():
+                found[argument] = race or found.get(argument, False)
+    return found
+
+
+def _compile(launch: dict[str, Any]) -> dict[str, Any]:
+    kernel, made = launch["kernel"], compiled(launch)
     registers, stack = _resources(made.asm["cubin"])
-    types = "/".join(dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*")))
+    types = "/".join(dict.fromkeys(t[1:] for t in launch["signature"].values() if t.startswith("*")))
     flags = ",".join(name.lower() if value is True else str(value) for name, value in launch["constexprs"].items() if value is not False)
     return {
         "op": launch["op"],
@@ -158,10 +193,11 @@ def _compile(launch: dict[str, Any]) -> dict[str, Any]:
         "kernel": kernel.__name__,
         "variant": f"{types} {flags}",
         "case": launch["case"],
-        "architecture": arch,
+        "architecture": launch["arch"],
         "registers": registers,
         "shared": made.metadata.shared,
         "spills": _spills(made.asm["ptx"]) if stack else 0,
+        "in_place": in_place(launch, made),
     }
 
 
