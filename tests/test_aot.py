@@ -7,6 +7,14 @@ import pytest
 
 from deltakern import backend
 
+IN_PLACE = {
+    ("best_of_n_head_kernel", "scratch", "barriers between"): (
+        "a program has a part of its own; its warps store rows, meet at a barrier, load them, and meet again before the next tile's rows"
+    ),
+}
+"""Kernel and argument that it loads and stores, and why that is safe. Between programs, and between warps where it says "no barrier",
+only places that no two of them share are safe: that the store has the layout of the load, or needs what was loaded, is no reason."""
+
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
@@ -28,3 +36,11 @@ def test_no_spills_and_shared_memory_within_limits(rows: list[dict], capsys: pyt
 def test_every_op_is_compiled(rows: list[dict], architecture: int) -> None:
     compiled = {op for r in rows if r["architecture"] == architecture for op in r["ops"]}
     assert compiled == {name for name, op in backend.ops().items() if "triton" in op.kernels}
+
+
+@pytest.mark.slow
+def test_nothing_is_loaded_and_stored_but_what_is_proven_safe(rows: list[dict]) -> None:
+    found = {
+        (r["kernel"], argument, "no barrier" if race else "barriers between") for r in rows for argument, race in r["in_place"].items()
+    }
+    assert found == set(IN_PLACE)
