@@ -8,6 +8,9 @@ Every op has a plain PyTorch ``reference`` and, for some devices, kernels. This 
 * An explicit ``impl="triton"`` (or any other name) runs that implementation or raises.
 * :func:`explain` says, for given arguments, what would run and why the others would not.
 
+Arguments are checked and an implementation is chosen once for each :func:`deltakern.launch.key` of a call, of which what the choice depends
+on is a part; then :func:`call` finds the plan and asks nothing.
+
 Nothing here imports Triton or the compiled extension until an op asks for it; a failed import is remembered with its
 error, and the error is shown wherever the kernel is missed.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +28,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+
+from deltakern import launch
 
 __all__ = [
     "ENVIRONMENT",
@@ -76,13 +82,16 @@ class Facts(NamedTuple):
 
 @dataclass
 class Op:
-    """One op: its public function, its reference, and its kernels with the rule that admits arguments to each."""
+    """One op: its public function, its reference, and its kernels with the rule that admits arguments to each. See :func:`op`."""
 
     name: str
     function: Callable[..., Any]
     reference: Callable[..., Any]
+    check: Callable[..., None]
     facts: Callable[..., Facts]
+    run: Callable[..., Any]
     kernels: dict[str, Callable[[Facts], str | None]] = field(default_factory=dict)
+    plans: launch.Plans = field(default_factory=launch.Plans)
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -106,7 +115,7 @@ class Explanation:
 
 # os.environ encodes a name at every look, which takes longer than all else that a call asks: what is behind it knows whether it is set
 _VARIABLES = os.environ._data
-_IMPL = os.environ.encodekey("DELTAKERN_IMPL")
+_IMPL, _STRICT = map(os.environ.encodekey, ("DELTAKERN_IMPL", "DELTAKERN_STRICT"))
 
 _OPS: dict[str, Op] = {}
 _forced: list[str] = []
@@ -121,27 +130,31 @@ def ops() -> dict[str, Op]:
 def op(
     *,
     reference: Callable[..., Any],
+    check: Callable[..., None],
     facts: Callable[..., Facts],
+    run: Callable[..., Any],
     kernels: dict[str, Callable[[Facts], str | None]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a public op.
+    """Registers a public op, whose body is a :func:`call`.
 
     Args:
         reference: the plain PyTorch implementation, with the signature of the op less ``impl``.
-        facts: takes the op's arguments and returns :class:`Facts`.
+        check: takes the same arguments, raises where they are not what the contract says, by what is in their :func:`launch.key` alone.
+        facts: takes the same arguments and returns :class:`Facts`.
+        run: takes the name of a kernel and the same arguments, and calls it.
         kernels: name of an implementation to a rule that returns ``None`` when it takes such arguments here, else the reason
             why not. Order is preference.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        entry = Op(function.__name__, function, reference, facts, dict(kernels or {}))
+        entry = Op(function.__name__, function, reference, check, facts, run, dict(kernels or {}))
         unknown = set(entry.kernels) - set(IMPLEMENTATIONS)
         if unknown:
             raise ValueError(f"op {entry.name}: implementation names are {IMPLEMENTATIONS}, got {sorted(unknown)}")
         _OPS[entry.name] = entry
         function.reference = reference
         function.op = entry
-        return function
+        return _planned(entry)
 
     return register
 
@@ -213,8 +226,7 @@ def _decide(entry: Op, impl: str, facts: Facts) -> Explanation:
     return Explanation(entry.name, "reference", why, others)
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose_once(name: str, impl: str, facts: Facts, want: str | None) -> tuple[str, str]:
+def _choose_once(name: str, impl: str, facts: Facts) -> tuple[str, str]:
     """The implementation, and where the reference runs for want of a usable kernel, the reason; else ""."""
     found = _decide(_OPS[name], impl, facts)
     if found.chosen != "reference" or found.why != _MISSED:
@@ -242,7 +254,7 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
 @traced_once
 def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], note: str, triton_note: str) -> str:
     # Plain arguments: under torch.compile this runs once, at trace time, and a NamedTuple does not survive the passage.
-    chosen, missed = _choose_once(name, impl, Facts(device, dtypes, note, triton_note), preferred())
+    chosen, missed = _choose_once(name, impl, Facts(device, dtypes, note, triton_note))
     if missed:
         _report_missed(name, device, missed)
     return chosen
@@ -259,10 +271,62 @@ def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:
     """The name of the implementation that a call with these facts takes. Warns, or raises, as the module says."""
     if torch.compiler.is_compiling():
         return _choose(function.op.name, impl, *facts)
-    chosen, missed = _choose_once(function.op.name, impl, _here(facts), preferred())
+    chosen, missed = _choose_once(function.op.name, impl, _here(facts))
     if missed:
         _report_missed(function.op.name, facts.device, missed)
     return chosen
+
+
+def call(function: Callable[..., Any], impl: str, *args: Any, **kwargs: Any) -> Any:
+    """What a public op does with its arguments: those of its signature, ``impl`` aside, in its order, keyword ones by name."""
+    return _ready(function.op, impl, args, kwargs)[1](*args, **kwargs)
+
+
+def _ready(entry: Op, impl: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Callable[..., Any]]:
+    """The implementation that is to run, and its function, for arguments that are checked."""
+    entry.check(*args, **kwargs)
+    chosen = choose(entry.function, impl, entry.facts(*args, **kwargs))
+    return chosen, entry.reference if chosen == "reference" else functools.partial(entry.run, chosen)
+
+
+def _first(entry: Op, at: launch.Key, impl: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """:func:`call`, where there is no plan yet."""
+    chosen, run = _ready(entry, impl, args, kwargs)
+    if any(isinstance(k, torch.Tensor) for k in at):
+        return run(*args, **kwargs)
+    if chosen != "reference" and not launch.needs_grad(*args, *kwargs.values()):
+        return entry.plans.first(at, run, args, kwargs)
+    return entry.plans.keep(at, run)(*args, **kwargs)
+
+
+def _planned(entry: Op) -> Callable[..., Any]:
+    """The function that users call: with the plan of such a call where there is one."""
+    parameters = inspect.signature(entry.function).parameters
+    names = [name for name in parameters if name != "impl"]
+    given = [name if parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else f"{name}={name}" for name in names]
+    positional, by_name = [n for n in given if "=" not in n], [n for n in given if "=" in n]
+    defaults = {n: n if p.default is inspect.Parameter.empty else f"{n}=default_{n}" for n, p in parameters.items()}
+    signature = ", ".join([defaults[n] for n in positional] + ["*"] + [defaults[n] for n in parameters if n not in positional])
+    keys = [launch.key_of(n) if "Tensor" in str(parameters[n].annotation) else n for n in names]
+    source = f"""
+def {entry.name}({signature}):
+    if is_compiling() or modes() or transforms() or tracing():
+        return function({", ".join(given)}, impl=impl)
+    try:
+        at = (impl, forced[-1] if forced else environ.get(IMPL), environ.get(STRICT), recording(), {", ".join(keys)})
+        plan = plans.get(at)
+    except (RuntimeError, TypeError):
+        return function({", ".join(given)}, impl=impl)
+    if plan is None:
+        return first(entry, at, impl, ({", ".join(positional)},), dict({", ".join(by_name)}))
+    return plan({", ".join(given)})
+"""
+    values = {f"default_{n}": p.default for n, p in parameters.items()}
+    values |= {"is_compiling": torch.compiler.is_compiling, "modes": torch._C._len_torch_dispatch_stack}
+    values |= {"transforms": torch._C._are_functorch_transforms_active, "tracing": torch._C._get_tracing_state}
+    values |= {"forced": _forced, "environ": _VARIABLES, "IMPL": _IMPL, "STRICT": _STRICT, "recording": torch.is_grad_enabled}
+    values |= {"function": entry.function, "entry": entry, "plans": entry.plans, "first": _first}
+    return functools.wraps(entry.function)(launch.made(source, entry.name, values))
 
 
 def direct(function: Callable[..., Any], x: torch.Tensor) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import deltakern
-from deltakern import backend, ops
+from deltakern import backend, launch, ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,11 +27,12 @@ def _fake(name: str, reason: str | None):
         return backend.Facts(x.device.type, (x.dtype,))
 
     def function(x, *, impl="auto"):
-        chosen = backend.choose(function, impl, facts(x))
-        return reference(x) if chosen == "reference" else x + 2
+        return backend.call(function, impl, x)
 
     function.__name__ = name
-    return backend.op(reference=reference, facts=facts, kernels={"cpp": lambda _: reason})(function)
+    return backend.op(
+        reference=reference, check=lambda x: None, facts=facts, run=lambda chosen, x: x + 2, kernels={"cpp": lambda _: reason}
+    )(function)
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +41,9 @@ def _registry(monkeypatch):
     monkeypatch.setattr(backend, "_warned", set())
     for name in ("DELTAKERN_STRICT", "DELTAKERN_IMPL"):
         monkeypatch.delenv(name, raising=False)
-    backend._choose_once.cache_clear()
+    launch.forget_plans()
     yield
-    backend._choose_once.cache_clear()
+    launch.forget_plans()
 
 
 def test_auto_takes_the_kernel():

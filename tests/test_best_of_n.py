@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deltakern
-from deltakern import backend, ops
+from deltakern import backend, launch, ops
 from deltakern.ops.best_of_n import LOSSES, runs_on
 
 KERNEL = "cuda" if torch.cuda.is_available() else "cpp"
@@ -359,7 +359,7 @@ def test_the_kernel_is_chosen():
 def test_without_the_extension_the_reference_runs_and_says_so(monkeypatch):
     monkeypatch.setattr(backend, "extension", lambda: backend.Loaded(None, "ImportError: none was built"))
     monkeypatch.setattr(backend, "_warned", set())
-    backend._choose_once.cache_clear()
+    launch.forget_plans()
     try:
         candidates, target = draw((2, 3, 4))
         with pytest.warns(backend.BackendWarning, match="ImportError: none was built"):
@@ -368,7 +368,7 @@ def test_without_the_extension_the_reference_runs_and_says_so(monkeypatch):
         with pytest.raises(deltakern.BackendError, match="ImportError: none was built"):
             ops.best_of_n(candidates, target, impl=KERNEL)
     finally:
-        backend._choose_once.cache_clear()
+        launch.forget_plans()
 
 
 def test_many_dimensions_go_to_the_reference():

@@ -12,7 +12,7 @@ from compare import assert_as_accurate, to_double
 from kernel_checks import far_apart, poisoned, sliced, transposed
 
 import deltakern
-from deltakern import backend, ops
+from deltakern import backend, launch, ops
 from deltakern.ops import _triton
 from deltakern.ops.best_of_n import LOSSES
 
@@ -326,7 +326,7 @@ def test_without_the_extension_the_reference_runs_and_says_so(monkeypatch: pytes
     args = arguments(torch.device("cpu"))
     monkeypatch.setattr(backend, "extension", lambda: backend.Loaded(None, "ImportError: none was built"))
     monkeypatch.setattr(backend, "_warned", set())
-    backend._choose_once.cache_clear()
+    launch.forget_plans()
     try:
         with pytest.warns(backend.BackendWarning, match="best_of_n_head: the PyTorch reference runs.*none was built"):
             found = ops.best_of_n_head(*args)
@@ -335,7 +335,7 @@ def test_without_the_extension_the_reference_runs_and_says_so(monkeypatch: pytes
         with pytest.raises(deltakern.BackendError, match=r"best_of_n_head: DELTAKERN_STRICT=1.*none was built"):
             ops.best_of_n_head(*args)
     finally:
-        backend._choose_once.cache_clear()
+        launch.forget_plans()
 
 
 @pytest.mark.skipif(backend.extension().module is None, reason="no compiled extension")

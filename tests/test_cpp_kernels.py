@@ -21,7 +21,7 @@ from kernel_checks import (
 )
 
 import deltakern
-from deltakern import backend
+from deltakern import backend, launch
 from deltakern.cases import Case, cases
 
 pytestmark = pytest.mark.skipif(backend.extension().module is None, reason=f"no compiled extension: {backend.extension().error}")
@@ -123,9 +123,9 @@ def fresh(monkeypatch):
     for name in ("DELTAKERN_STRICT", "DELTAKERN_IMPL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(backend, "_warned", set())
-    backend._choose_once.cache_clear()
+    launch.forget_plans()
     yield monkeypatch
-    backend._choose_once.cache_clear()
+    launch.forget_plans()
 
 
 @pytest.mark.usefixtures("fresh")

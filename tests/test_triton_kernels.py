@@ -17,7 +17,7 @@ from kernel_checks import (
     transposed,
 )
 
-from deltakern import backend, ops
+from deltakern import backend, launch, ops
 from deltakern.cases import Case, cases
 from deltakern.ops import _triton
 
@@ -260,12 +260,12 @@ def test_refuses_float64(case: Case, device: torch.device) -> None:
 def test_refuses_a_cpu_without_the_interpreter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     args, kwargs = inputs(case, torch.float32, torch.device("cpu"))
     monkeypatch.setattr(backend, "triton_interprets", lambda: False)
-    backend._choose_once.cache_clear()
+    launch.forget_plans()
     try:
         with pytest.raises(backend.BackendError, match="interpreter is off"):
             case.function(*args, **kwargs, impl="triton")
     finally:
-        backend._choose_once.cache_clear()
+        launch.forget_plans()
 
 
 @every_case

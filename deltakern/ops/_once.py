@@ -45,7 +45,9 @@ def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..
         @functools.wraps(backward)
         def run(ctx, *grads):
             # Grad mode is on where the caller asked for create_graph.
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            if torch.compiler.is_compiling():
                 with torch.no_grad():
                     return backward(ctx, *grads)
             ctx = _Opened(ctx)
@@ -60,3 +62,8 @@ def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..
         return run
 
     return decorate
+
+
+def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor.to(dtype)``, which takes as long to find that there is nothing to do as a short kernel to start."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)

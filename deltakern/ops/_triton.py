@@ -5,16 +5,29 @@ Importing this module does not import Triton: kernels live in ``deltakern/ops/ke
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from deltakern.launch import LibraryOp, count_launches, launch, needs_grad
 from deltakern.ops.kernels.tiles import Tile
+
+__all__ = [
+    "LIBRARY",
+    "architecture",
+    "count_launches",
+    "define",
+    "launch",
+    "needs_grad",
+    "programs",
+    "register",
+    "rows",
+    "segments",
+    "unit",
+]
 
 LIBRARY = torch.library.Library("deltakern", "FRAGMENT")
 """Every low-level op is ``torch.ops.deltakern.<name>``."""
@@ -23,11 +36,6 @@ LIBRARY = torch.library.Library("deltakern", "FRAGMENT")
 @functools.cache
 def _kernels(module: str) -> Any:
     return importlib.import_module(f"deltakern.ops.kernels.{module}")
-
-
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd would record a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,11 +51,12 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def define(schema: str, *, module: str, fake: Callable[..., Any]) -> Any:
+def define(schema: str, *, module: str, fake: Callable[..., Any]) -> LibraryOp:
     """Registers a low-level op whose implementation is the launcher of the same name in ``deltakern/ops/kernels/<module>.py``.
 
-    The launcher is imported by the first call. It takes the schema's arguments in order, returns new tensors and never
-    writes into an argument. Gradients belong to the ``autograd.Function`` that calls the op; a recorded direct call raises.
+    The launcher is imported by the first call. It takes the schema's arguments in order, returns new tensors, never writes into an argument
+    and does nothing but allocate, operate on tensors and launch, so that its calls can be planned (:mod:`deltakern.launch`). Gradients
+    belong to the ``autograd.Function`` that calls the op; a recorded direct call of ``torch.ops.deltakern.<name>`` raises.
 
     Args:
         schema: as for ``torch.library.define``, ``"name(Tensor x, ...) -> Tensor"``.
@@ -55,59 +64,28 @@ def define(schema: str, *, module: str, fake: Callable[..., Any]) -> Any:
         fake: takes the same arguments, returns empty tensors of the shapes, dtypes and strides that the launcher returns.
 
     Returns:
-        The overload to call.
+        The op to call.
     """
 
     def launcher(*args: Any) -> Any:
         return getattr(_kernels(module), name)(*args)
 
     name = schema.split("(", 1)[0]
-    return register(schema, {"CPU": launcher, "CUDA": launcher}, fake=fake)
+    return _register(schema, {"CPU": launcher, "CUDA": launcher}, fake, plans=True)
 
 
-def register(schema: str, runs: dict[str, Callable[..., Any]], *, fake: Callable[..., Any]) -> Any:
-    """Registers a low-level op, as :func:`define`, with a function for each dispatch key."""
+def register(schema: str, runs: dict[str, Callable[..., Any]], *, fake: Callable[..., Any]) -> LibraryOp:
+    """Registers a low-level op of the extension's, as :func:`define`, with a function for each dispatch key; its calls are not planned."""
+    return _register(schema, runs, fake, plans=False)
+
+
+def _register(schema: str, runs: dict[str, Callable[..., Any]], fake: Callable[..., Any], *, plans: bool) -> LibraryOp:
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key, run in runs.items():
         LIBRARY.impl(name, _guarded(name, run), key)
     torch.library.register_fake(f"deltakern::{name}", _guarded(name, fake), lib=LIBRARY)
-    return getattr(torch.ops.deltakern, name).default
-
-
-_counters: list[Counter[str]] = []
-
-
-def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, **constexprs: Any) -> None:
-    """Starts a kernel: every launch of the package goes through here. An empty grid starts nothing.
-
-    Args:
-        kernel: a ``@triton.jit`` function.
-        grid: number of programs along each axis.
-        tile: gives ``num_warps`` and ``num_stages``; its sizes are passed by the caller as the kernel's constants.
-        args: the kernel's run-time arguments, positional, a tensor first.
-        constexprs: its compile-time arguments.
-    """
-    if 0 in grid:
-        return
-    for counter in _counters:
-        counter[kernel.__name__] += 1
-    device = args[0].device
-    # Triton launches on the current device, whatever the tensors are on
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](*args, **constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)
-
-
-@contextlib.contextmanager
-def count_launches() -> Iterator[Counter[str]]:
-    """Counts the kernels started within the context, by name."""
-    counter: Counter[str] = Counter()
-    _counters.append(counter)
-    try:
-        yield counter
-    finally:
-        _counters.remove(counter)
+    return LibraryOp(getattr(torch.ops.deltakern, name).default, runs, plans=plans)
 
 
 @functools.cache

@@ -219,7 +219,7 @@ class _BestOfN(torch.autograd.Function):
         return d_candidates, d_target, None, None, None, None
 
 
-def _check(candidates, target, loss, beta, reduce_dims) -> None:
+def _check(candidates, target, *, loss, beta, reduce_dims, **_) -> None:
     op = "best_of_n"
     _validate.choice(op, "loss", loss, LOSSES)
     if loss == "smooth_l1" and not 1e-6 <= beta <= 1e6:
@@ -239,7 +239,19 @@ def _check(candidates, target, loss, beta, reduce_dims) -> None:
     _validate.one_device(op, candidates=candidates, target=target)
 
 
-@backend.op(reference=best_of_n_reference, facts=_facts, kernels={"cpp": _extension.cpp_refuses, "cuda": _cuda_refuses})
+def _run(_, candidates, target, *, loss, beta, reduce_dims, return_losses):
+    run = _BestOfN.apply if _triton.needs_grad(candidates, target) else _best_of_n
+    index, best, losses = run(candidates, target, loss, float(beta), reduce_dims, return_losses)
+    return (index, best, losses) if return_losses else (index, best)
+
+
+@backend.op(
+    reference=best_of_n_reference,
+    check=_check,
+    facts=_facts,
+    run=_run,
+    kernels={"cpp": _extension.cpp_refuses, "cuda": _cuda_refuses},
+)
 def best_of_n(
     candidates: torch.Tensor,
     target: torch.Tensor,
@@ -267,12 +279,8 @@ def best_of_n(
     Raises:
         ValueError: shapes, devices, loss, beta, reduce_dims, no candidate. TypeError: dtypes.
     """
-    _check(candidates, target, loss, beta, reduce_dims)
-    if backend.choose(best_of_n, impl, _facts(candidates, target, reduce_dims=reduce_dims)) == "reference":
-        return best_of_n_reference(candidates, target, loss=loss, beta=beta, reduce_dims=reduce_dims, return_losses=return_losses)
-    run = _BestOfN.apply if _triton.needs_grad(candidates, target) else _best_of_n
-    index, best, losses = run(candidates, target, loss, float(beta), reduce_dims, return_losses)
-    return (index, best, losses) if return_losses else (index, best)
+    options = {"loss": loss, "beta": beta, "reduce_dims": reduce_dims, "return_losses": return_losses}
+    return backend.call(best_of_n, impl, candidates, target, **options)
 
 
 class BestOfN:

@@ -100,8 +100,8 @@ def _facts(stream, branch, scale, weight, bias, head, head_bias, target, **_) ->
     return backend.Facts(stream.device.type, tuple(t.dtype for t in given if t is not None))
 
 
-def _check(tensors: dict[str, torch.Tensor | None], loss: str, beta: float, reduce_dims: int) -> None:
-    op = "best_of_n_head"
+def _check(*arguments, loss, beta, reduce_dims, **_) -> None:
+    op, tensors = "best_of_n_head", _tensors(*arguments)
     stream, branch, head, target = (tensors[name] for name in ("stream", "branch", "head", "target"))
     _validate.choice(op, "loss", loss, LOSSES)
     if loss == "smooth_l1" and not 1e-6 <= beta <= 1e6:
@@ -132,6 +132,8 @@ def _check(tensors: dict[str, torch.Tensor | None], loss: str, beta: float, redu
         )
     _validate.floating(op, **tensors)
     _validate.one_device(op, **tensors)
+    if _triton.needs_grad(*arguments):
+        raise RuntimeError("best_of_n_head: has no gradient; call it under torch.no_grad() and run the winner again with gradients")
 
 
 def _fake(stream, branch, scale, weight, bias, head, head_bias, target, eps, loss, beta, reduce_dims, return_losses):
@@ -151,9 +153,18 @@ _search = _triton.define(
 )
 
 
+def _run(impl, *arguments, eps, loss, beta, reduce_dims, return_losses):
+    if impl == "triton":
+        found = _search(*arguments, eps, loss, float(beta), reduce_dims, return_losses)
+        return found if return_losses else found[:2]
+    return _unfused(impl, *arguments, eps=eps, loss=loss, beta=beta, reduce_dims=reduce_dims, return_losses=return_losses)
+
+
 @backend.op(
     reference=best_of_n_head_reference,
+    check=_check,
     facts=_facts,
+    run=_run,
     kernels={"triton": backend.triton_refuses, **best_of_n.op.kernels},
 )
 def best_of_n_head(
@@ -195,16 +206,5 @@ def best_of_n_head(
         ValueError: shapes, devices, loss, beta, reduce_dims, no candidate. TypeError: dtypes.
         RuntimeError: autograd would record the call.
     """
-    arguments = (stream, branch, scale, weight, bias, head, head_bias, target)
-    tensors = _tensors(*arguments)
-    _check(tensors, loss, beta, reduce_dims)
-    if _triton.needs_grad(*arguments):
-        raise RuntimeError("best_of_n_head: has no gradient; call it under torch.no_grad() and run the winner again with gradients")
-    options = {"eps": eps, "loss": loss, "beta": beta, "reduce_dims": reduce_dims}
-    chosen = backend.choose(best_of_n_head, impl, _facts(*arguments))
-    if chosen == "triton":
-        found = _search(*arguments, eps, loss, float(beta), reduce_dims, return_losses)
-        return found if return_losses else found[:2]
-    if chosen == "reference":
-        return best_of_n_head_reference(*arguments, **options, return_losses=return_losses)
-    return _unfused(chosen, *arguments, **options, return_losses=return_losses)
+    options = {"eps": eps, "loss": loss, "beta": beta, "reduce_dims": reduce_dims, "return_losses": return_losses}
+    return backend.call(best_of_n_head, impl, stream, branch, scale, weight, bias, head, head_bias, target, **options)

@@ -124,7 +124,7 @@ def _facts(q, k, v, q_time, k_time, visible=None, *, own_k=None, own_v=None, **_
     return backend.Facts(q.device.type, dtypes, backend.too_wide(head, 256), triton)
 
 
-def _check(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size) -> None:
+def _check(q, k, v, q_time, k_time, visible, *, own_k, own_v, own_time, rope_size, **_) -> None:
     op = "context_attention"
     _validate.rank(op, "q", q, "(B,Q,H,d)")
     batch, queries, heads, head = q.shape
@@ -294,9 +294,18 @@ class _ContextAttention(torch.autograd.Function):
         )
 
 
+def _run(impl, q, k, v, q_time, k_time, visible, *, own_k, own_v, own_time, rope_size, scale):
+    arguments = (q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, q.shape[-1] ** -0.5 if scale is None else scale)
+    if _triton.needs_grad(q, k, v, own_k, own_v):
+        return _ContextAttention.apply(*arguments, impl)
+    return _LIBRARY_OPS[impl][0](*arguments)
+
+
 @backend.op(
     reference=context_attention_reference,
+    check=_check,
     facts=_facts,
+    run=_run,
     kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses},
 )
 def context_attention(
@@ -334,13 +343,5 @@ def context_attention(
     Raises:
         ValueError: shapes, devices, rope_size, a time that requires grad. TypeError: dtypes.
     """
-    _check(q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size)
-    chosen = backend.choose(context_attention, impl, _facts(q, k, v, q_time, k_time, visible, own_k=own_k, own_v=own_v))
-    if chosen != "reference":
-        arguments = (q, k, v, q_time, k_time, visible, own_k, own_v, own_time, rope_size, q.shape[-1] ** -0.5 if scale is None else scale)
-        if _triton.needs_grad(q, k, v, own_k, own_v):
-            return _ContextAttention.apply(*arguments, chosen)
-        return _LIBRARY_OPS[chosen][0](*arguments)
-    return context_attention_reference(
-        q, k, v, q_time, k_time, visible, own_k=own_k, own_v=own_v, own_time=own_time, rope_size=rope_size, scale=scale
-    )
+    options = {"own_k": own_k, "own_v": own_v, "own_time": own_time, "rope_size": rope_size, "scale": scale}
+    return backend.call(context_attention, impl, q, k, v, q_time, k_time, visible, **options)

@@ -43,7 +43,7 @@ def _facts(normed, q, k, **_) -> backend.Facts:
     return backend.Facts(normed.device.type, (normed.dtype, q.dtype, k.dtype), note)
 
 
-def _check(normed, q, k) -> None:
+def _check(normed, q, k, **_) -> None:
     op = "delta_pool"
     _validate.rank(op, "normed", normed, "(B,L,D)")
     _validate.rank(op, "q", q, "(B,H,d)")
@@ -101,7 +101,11 @@ class _DeltaPool(torch.autograd.Function):
         return d_normed if want_normed else None, dq if want_q else None, dk if want_k else None, None
 
 
-@backend.op(reference=delta_pool_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+def _run(_, normed, q, k, *, scale):
+    return _DeltaPool.apply(normed, q, k, scale) if _triton.needs_grad(normed, q, k) else _forward(normed, q, k, scale)[0]
+
+
+@backend.op(reference=delta_pool_reference, check=_check, facts=_facts, run=_run, kernels={"triton": backend.triton_refuses})
 def delta_pool(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *, scale: float, impl: str = "auto") -> torch.Tensor:
     """Attention of one query a head over L tokens, pooling the tokens themselves. The module's docstring is the contract.
 
@@ -118,7 +122,4 @@ def delta_pool(normed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *, scale:
     Raises:
         ValueError: shapes, devices, no token. TypeError: dtypes.
     """
-    _check(normed, q, k)
-    if backend.choose(delta_pool, impl, _facts(normed, q, k)) == "triton":
-        return _DeltaPool.apply(normed, q, k, scale) if _triton.needs_grad(normed, q, k) else _forward(normed, q, k, scale)[0]
-    return delta_pool_reference(normed, q, k, scale=scale)
+    return backend.call(delta_pool, impl, normed, q, k, scale=scale)

@@ -50,14 +50,19 @@ class _Gelu(torch.autograd.Function):
         return _backward(*ctx.saved_tensors, d_out)
 
 
-@backend.op(reference=gelu_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+def _check(x) -> None:
+    _validate.floating("gelu", x=x)
+
+
+def _run(_, x):
+    return _Gelu.apply(x) if _triton.needs_grad(x) else _forward(x)
+
+
+@backend.op(reference=gelu_reference, check=_check, facts=_facts, run=_run, kernels={"triton": backend.triton_refuses})
 def gelu(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """Exact GELU. The module's docstring is the contract.
 
     Raises:
         TypeError: the dtype.
     """
-    _validate.floating("gelu", x=x)
-    if backend.choose(gelu, impl, _facts(x)) == "triton":
-        return _Gelu.apply(x) if _triton.needs_grad(x) else _forward(x)
-    return gelu_reference(x)
+    return backend.call(gelu, impl, x)

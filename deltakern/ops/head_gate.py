@@ -56,7 +56,17 @@ class _HeadGate(torch.autograd.Function):
         return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=True))
 
 
-@backend.op(reference=head_gate_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+def _check(attn, gate_logits) -> None:
+    _validate.rank("head_gate", "attn", attn, "(B,L,H,d)")
+    _validate.shape("head_gate", "gate_logits", gate_logits, attn.shape[:3], "(B,L,H)")
+    _validate.floating_on_one_device("head_gate", attn=attn, gate_logits=gate_logits)
+
+
+def _run(_, attn, gate_logits):
+    return _HeadGate.apply(attn, gate_logits) if _triton.needs_grad(attn, gate_logits) else _forward(attn, gate_logits)
+
+
+@backend.op(reference=head_gate_reference, check=_check, facts=_facts, run=_run, kernels={"triton": backend.triton_refuses})
 def head_gate(attn: torch.Tensor, gate_logits: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """``attn * sigmoid(gate_logits)`` a token and head. The module's docstring is the contract.
 
@@ -68,9 +78,4 @@ def head_gate(attn: torch.Tensor, gate_logits: torch.Tensor, *, impl: str = "aut
     Raises:
         ValueError: shapes, devices. TypeError: dtypes.
     """
-    _validate.rank("head_gate", "attn", attn, "(B,L,H,d)")
-    _validate.shape("head_gate", "gate_logits", gate_logits, attn.shape[:3], "(B,L,H)")
-    _validate.floating_on_one_device("head_gate", attn=attn, gate_logits=gate_logits)
-    if backend.choose(head_gate, impl, _facts(attn, gate_logits)) == "triton":
-        return _HeadGate.apply(attn, gate_logits) if _triton.needs_grad(attn, gate_logits) else _forward(attn, gate_logits)
-    return head_gate_reference(attn, gate_logits)
+    return backend.call(head_gate, impl, attn, gate_logits)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
-from deltakern.ops._once import once_differentiable
+from deltakern.ops._once import as_dtype, once_differentiable
 from deltakern.ops.residual_norm import _backward
 
 
@@ -37,12 +37,21 @@ def _facts(x, weight, bias, *, out_dtype=None, **_) -> backend.Facts:
     return backend.Facts(x.device.type, (*dtypes, out_dtype or x.dtype), backend.too_wide(x.shape[-1]))
 
 
-def _forward_fake(x, weight, bias, eps, out_dtype):
-    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((2, x[..., 0].numel()), dtype=torch.float32)
+def _check(x, weight, bias, **_) -> None:
+    if x.ndim == 0:
+        raise ValueError(f"layer_norm: x must be (...,D), got {_validate.wanted_shape(x)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _validate.shape("layer_norm", name, tensor, x.shape[-1:], "(D,)")
+    _validate.floating_on_one_device("layer_norm", x=x, weight=weight, bias=bias)
+
+
+def _forward_fake(x, weight, bias, eps, out_dtype, want_statistics):
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((2, x[..., 0].numel()) if want_statistics else 0, dtype=torch.float32)
 
 
 _forward = _triton.define(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype) -> (Tensor, Tensor)",
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType out_dtype, bool want_statistics) -> (Tensor, Tensor)",
     module="residual_norm",
     fake=_forward_fake,
 )
@@ -51,7 +60,7 @@ _forward = _triton.define(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, out_dtype):
-        normed, statistics = _forward(x, weight, bias, eps, out_dtype)
+        normed, statistics = _forward(x, weight, bias, eps, out_dtype, True)
         ctx.save_for_backward(x, weight, statistics)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return normed
@@ -62,16 +71,24 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, statistics = ctx.saved_tensors
         want_x, want_weight, want_bias, _, _ = ctx.needs_input_grad
         d_x, _, sums = _backward(x, None, None, weight, statistics, None, grad, None, want_x, False, want_weight or want_bias)
+        _, d_weight, d_bias = sums.unbind()
         return (
             d_x if want_x else None,
-            sums[1].to(weight.dtype) if want_weight else None,
-            sums[2].to(ctx.bias_dtype) if want_bias else None,
+            as_dtype(d_weight, weight.dtype) if want_weight else None,
+            as_dtype(d_bias, ctx.bias_dtype) if want_bias else None,
             None,
             None,
         )
 
 
-@backend.op(reference=layer_norm_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+def _run(_, x, weight, bias, *, eps, out_dtype):
+    out_dtype = out_dtype or x.dtype
+    if _triton.needs_grad(x, weight, bias):
+        return _LayerNorm.apply(x, weight, bias, eps, out_dtype)
+    return _forward(x, weight, bias, eps, out_dtype, False)[0]
+
+
+@backend.op(reference=layer_norm_reference, check=_check, facts=_facts, run=_run, kernels={"triton": backend.triton_refuses})
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -93,16 +110,4 @@ def layer_norm(
     Raises:
         ValueError: shapes, devices. TypeError: dtypes.
     """
-    if x.ndim == 0:
-        raise ValueError(f"layer_norm: x must be (...,D), got {_validate.wanted_shape(x)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            _validate.shape("layer_norm", name, tensor, x.shape[-1:], "(D,)")
-    _validate.floating("layer_norm", x=x, weight=weight, bias=bias)
-    _validate.one_device("layer_norm", x=x, weight=weight, bias=bias)
-    if backend.choose(layer_norm, impl, _facts(x, weight, bias, out_dtype=out_dtype)) == "triton":
-        out_dtype = out_dtype or x.dtype
-        if _triton.needs_grad(x, weight, bias):
-            return _LayerNorm.apply(x, weight, bias, eps, out_dtype)
-        return _forward(x, weight, bias, eps, out_dtype)[0]
-    return layer_norm_reference(x, weight, bias, eps=eps, out_dtype=out_dtype)
+    return backend.call(layer_norm, impl, x, weight, bias, eps=eps, out_dtype=out_dtype)

@@ -68,7 +68,7 @@ def _facts(prev, curr, token, role, norm_weight, norm_bias, *, out_dtype=None, s
     return backend.Facts(tensors[0].device.type, tuple(dtypes), backend.too_wide(tensors[0].shape[-1]))
 
 
-def _check(prev, curr, token, role, norm_weight, norm_bias, mode) -> None:
+def _check(prev, curr, token, role, norm_weight, norm_bias, *, mode, **_) -> None:
     op = "patch_delta"
     _validate.choice(op, "mode", mode, MODES)
     for name, tensor, needed in (
@@ -168,7 +168,21 @@ class _PatchDelta(torch.autograd.Function):
         )
 
 
-@backend.op(reference=patch_delta_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+def _run(_, prev, curr, token, role, norm_weight, norm_bias, *, mode, eps, out_dtype, stream_dtype):
+    stream_dtype = stream_dtype or torch.promote_types((prev if prev is not None else curr).dtype, token.dtype)
+    args = (
+        None if mode == "current" else prev,
+        None if mode == "previous" else curr,
+        token,
+        None if mode == "previous" else role,
+        norm_weight,
+        norm_bias,
+    )
+    run = _PatchDelta.apply if _triton.needs_grad(*args) else _forward
+    return run(*args, mode, eps, out_dtype or stream_dtype, stream_dtype)[:2]
+
+
+@backend.op(reference=patch_delta_reference, check=_check, facts=_facts, run=_run, kernels={"triton": backend.triton_refuses})
 def patch_delta(
     prev: torch.Tensor | None,
     curr: torch.Tensor | None,
@@ -200,20 +214,5 @@ def patch_delta(
     Raises:
         ValueError: shapes, devices, mode. TypeError: dtypes.
     """
-    _check(prev, curr, token, role, norm_weight, norm_bias, mode)
-    facts = _facts(prev, curr, token, role, norm_weight, norm_bias, out_dtype=out_dtype, stream_dtype=stream_dtype)
-    if backend.choose(patch_delta, impl, facts) == "triton":
-        stream_dtype = stream_dtype or torch.promote_types((prev if prev is not None else curr).dtype, token.dtype)
-        args = (
-            None if mode == "current" else prev,
-            None if mode == "previous" else curr,
-            token,
-            None if mode == "previous" else role,
-            norm_weight,
-            norm_bias,
-        )
-        run = _PatchDelta.apply if _triton.needs_grad(*args) else _forward
-        return run(*args, mode, eps, out_dtype or stream_dtype, stream_dtype)[:2]
-    return patch_delta_reference(
-        prev, curr, token, role, norm_weight, norm_bias, mode=mode, eps=eps, out_dtype=out_dtype, stream_dtype=stream_dtype
-    )
+    options = {"mode": mode, "eps": eps, "out_dtype": out_dtype, "stream_dtype": stream_dtype}
+    return backend.call(patch_delta, impl, prev, curr, token, role, norm_weight, norm_bias, **options)

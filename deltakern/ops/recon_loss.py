@@ -85,7 +85,22 @@ class _ReconLoss(torch.autograd.Function):
         return (*(g if dtype is not None else None for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None)
 
 
-@backend.op(reference=recon_loss_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+def _check(pred, target, *, kind, beta) -> None:
+    _validate.choice("recon_loss", "kind", kind, KINDS)
+    _validate.shape("recon_loss", "target", target, pred.shape, "pred's shape")
+    if kind == "smooth_l1" and not beta > 0:
+        raise ValueError(f"recon_loss: beta must be positive, got {beta}")
+    _validate.floating("recon_loss", pred=pred, target=target)
+    _validate.one_device("recon_loss", pred=pred, target=target)
+
+
+def _run(_, pred, target, *, kind, beta):
+    if _triton.needs_grad(pred, target):
+        return _ReconLoss.apply(pred, target, kind, beta)
+    return _forward(pred, target, kind, beta, None)[0]
+
+
+@backend.op(reference=recon_loss_reference, check=_check, facts=_facts, run=_run, kernels={"triton": backend.triton_refuses})
 def recon_loss(pred: torch.Tensor, target: torch.Tensor, *, kind: str = "log_cosh", beta: float = 0.1, impl: str = "auto") -> torch.Tensor:
     """The mean loss of ``pred`` against ``target``. The module's docstring is the contract.
 
@@ -98,14 +113,4 @@ def recon_loss(pred: torch.Tensor, target: torch.Tensor, *, kind: str = "log_cos
     Raises:
         ValueError: shapes, devices, kind, beta. TypeError: dtypes.
     """
-    _validate.choice("recon_loss", "kind", kind, KINDS)
-    _validate.shape("recon_loss", "target", target, pred.shape, "pred's shape")
-    if kind == "smooth_l1" and not beta > 0:
-        raise ValueError(f"recon_loss: beta must be positive, got {beta}")
-    _validate.floating("recon_loss", pred=pred, target=target)
-    _validate.one_device("recon_loss", pred=pred, target=target)
-    if backend.choose(recon_loss, impl, _facts(pred, target)) == "triton":
-        if _triton.needs_grad(pred, target):
-            return _ReconLoss.apply(pred, target, kind, beta)
-        return _forward(pred, target, kind, beta, None)[0]
-    return recon_loss_reference(pred, target, kind=kind, beta=beta)
+    return backend.call(recon_loss, impl, pred, target, kind=kind, beta=beta)

@@ -20,7 +20,7 @@ import torch
 
 from deltakern import backend
 from deltakern.ops import _triton, _validate
-from deltakern.ops._once import once_differentiable
+from deltakern.ops._once import as_dtype, once_differentiable
 
 
 def residual_norm_reference(
@@ -54,7 +54,7 @@ def _facts(stream, branch, scale, weight, bias, *, out_dtype=None, **_) -> backe
     return backend.Facts(stream.device.type, (*dtypes, out_dtype or stream.dtype), backend.too_wide(stream.shape[-1]))
 
 
-def _check(stream, branch, scale, weight, bias) -> None:
+def _check(stream, branch, scale, weight, bias, **_) -> None:
     op = "residual_norm"
     _validate.shape(op, "branch", branch, stream.shape, "stream's shape (...,D)")
     width = stream.shape[-1]
@@ -67,17 +67,17 @@ def _check(stream, branch, scale, weight, bias) -> None:
     _validate.floating_on_one_device(op, **tensors)
 
 
-def _forward_fake(stream, branch, scale, weight, bias, eps, out_dtype):
+def _forward_fake(stream, branch, scale, weight, bias, eps, out_dtype, want_statistics):
     total = stream.new_empty(stream.shape)
     if weight is None:
         return total, stream.new_empty(0, dtype=out_dtype), stream.new_empty(0, dtype=torch.float32)
-    statistics = stream.new_empty((2, stream[..., 0].numel()), dtype=torch.float32)
+    statistics = stream.new_empty((2, stream[..., 0].numel()) if want_statistics else 0, dtype=torch.float32)
     return total, stream.new_empty(stream.shape, dtype=out_dtype), statistics
 
 
 _forward = _triton.define(
-    "residual_norm_forward(Tensor stream, Tensor branch, Tensor? scale, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype)"
-    " -> (Tensor, Tensor, Tensor)",
+    "residual_norm_forward(Tensor stream, Tensor branch, Tensor? scale, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype,"
+    " bool want_statistics) -> (Tensor, Tensor, Tensor)",
     module="residual_norm",
     fake=_forward_fake,
 )
@@ -103,7 +103,7 @@ _backward = _triton.define(
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stream, branch, scale, weight, bias, eps, out_dtype):
-        total, normed, statistics = _forward(stream, branch, scale, weight, bias, eps, out_dtype)
+        total, normed, statistics = _forward(stream, branch, scale, weight, bias, eps, out_dtype, True)
         ctx.set_materialize_grads(False)
         # The norm's gradient needs the sum, the scale's the branch; nothing else does.
         norm, scaled = weight is not None, scale is not None and ctx.needs_input_grad[2]
@@ -135,18 +135,27 @@ class _ResidualNorm(torch.autograd.Function):
             d_stream = made if kernel_stream else passed
         if want_branch and shared:
             d_branch = d_stream
+        d_scale, d_weight, d_bias = (None, None, None) if sums is None else sums.unbind()
         return (
             d_stream if want_stream else None,
             d_branch if want_branch else None,
-            sums[0].to(scale.dtype) if want_scale else None,
-            sums[1].to(weight.dtype) if want_affine and want_weight else None,
-            sums[2].to(bias_dtype) if want_affine and want_bias else None,
+            as_dtype(d_scale, scale.dtype) if want_scale else None,
+            as_dtype(d_weight, weight.dtype) if want_affine and want_weight else None,
+            as_dtype(d_bias, bias_dtype) if want_affine and want_bias else None,
             None,
             None,
         )
 
 
-@backend.op(reference=residual_norm_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+def _run(_, stream, branch, scale, weight, bias, *, eps, out_dtype):
+    out_dtype = out_dtype or stream.dtype
+    if _triton.needs_grad(stream, branch, scale, weight, bias):
+        return _ResidualNorm.apply(stream, branch, scale, weight, bias, eps, out_dtype)
+    total, normed, _ = _forward(stream, branch, scale, weight, bias, eps, out_dtype, False)
+    return total, None if weight is None else normed
+
+
+@backend.op(reference=residual_norm_reference, check=_check, facts=_facts, run=_run, kernels={"triton": backend.triton_refuses})
 def residual_norm(
     stream: torch.Tensor,
     branch: torch.Tensor,
@@ -171,11 +180,4 @@ def residual_norm(
     Raises:
         ValueError: shapes, devices. TypeError: dtypes.
     """
-    _check(stream, branch, scale, weight, bias)
-    if backend.choose(residual_norm, impl, _facts(stream, branch, scale, weight, bias, out_dtype=out_dtype)) == "triton":
-        out_dtype = out_dtype or stream.dtype
-        if _triton.needs_grad(stream, branch, scale, weight, bias):
-            return _ResidualNorm.apply(stream, branch, scale, weight, bias, eps, out_dtype)
-        total, normed, _ = _forward(stream, branch, scale, weight, bias, eps, out_dtype)
-        return total, None if weight is None else normed
-    return residual_norm_reference(stream, branch, scale, weight, bias, eps=eps, out_dtype=out_dtype)
+    return backend.call(residual_norm, impl, stream, branch, scale, weight, bias, eps=eps, out_dtype=out_dtype)

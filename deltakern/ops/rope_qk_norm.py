@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from deltakern import backend
 from deltakern.ops import _extension, _triton, _validate
-from deltakern.ops._once import once_differentiable
+from deltakern.ops._once import as_dtype, once_differentiable
 
 ORDERS = ("pre_rope", "post_rope")
 
@@ -73,11 +73,11 @@ def rope_qk_norm_reference(
 
 
 def _facts(q, k, cos, sin, q_weight, k_weight, **_) -> backend.Facts:
-    dtypes = tuple([t.dtype for t in (q, k, cos, sin, q_weight, k_weight) if t is not None])
+    dtypes = tuple([t.dtype for t in (q, k, cos, sin, None if q is None else q_weight, k_weight) if t is not None])
     return backend.Facts(k.device.type, dtypes, backend.too_wide(k.shape[-1], 256))
 
 
-def _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix) -> None:
+def _check(q, k, cos, sin, q_weight, k_weight, *, order, num_prefix, eps) -> None:
     op, shape = "rope_qk_norm", k.shape
     if len(shape) != 4:
         _validate.rank(op, "k", k, "(B,L,H,d)")
@@ -254,8 +254,8 @@ class _RopeQKNorm(torch.autograd.Function):
             dk if want_k and grad_k is not None else None,
             None,
             None,
-            sums[0].to(q_weight.dtype) if want_q_weight and grad_q is not None else None,
-            sums[1].to(k_weight.dtype) if want_k_weight and grad_k is not None else None,
+            as_dtype(sums[0], q_weight.dtype) if want_q_weight and grad_q is not None else None,
+            as_dtype(sums[1], k_weight.dtype) if want_k_weight and grad_k is not None else None,
             *(None,) * 4,
         )
 
@@ -279,7 +279,17 @@ def run(
     return None if q is None else q_out, k_out
 
 
-@backend.op(reference=rope_qk_norm_reference, facts=_facts, kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses})
+def _run(impl, q, k, cos, sin, q_weight, k_weight, *, order, num_prefix, eps):
+    return run(impl, q, k, cos, sin, None if q is None else q_weight, k_weight, order == "pre_rope", num_prefix, eps)
+
+
+@backend.op(
+    reference=rope_qk_norm_reference,
+    check=_check,
+    facts=_facts,
+    run=_run,
+    kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses},
+)
 def rope_qk_norm(
     q: torch.Tensor | None,
     k: torch.Tensor,
@@ -307,10 +317,5 @@ def rope_qk_norm(
     Raises:
         ValueError: shapes, devices, order, num_prefix, a table that requires grad. TypeError: dtypes.
     """
-    _check(q, k, cos, sin, q_weight, k_weight, order, num_prefix)
-    if q is None:
-        q_weight = None
-    chosen = backend.choose(rope_qk_norm, impl, _facts(q, k, cos, sin, q_weight, k_weight))
-    if chosen == "reference":
-        return rope_qk_norm_reference(q, k, cos, sin, q_weight, k_weight, order=order, num_prefix=num_prefix, eps=eps)
-    return run(chosen, q, k, cos, sin, q_weight, k_weight, order == "pre_rope", num_prefix, eps)
+    options = {"order": order, "num_prefix": num_prefix, "eps": eps}
+    return backend.call(rope_qk_norm, impl, q, k, cos, sin, q_weight, k_weight, **options)

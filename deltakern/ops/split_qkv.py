@@ -19,7 +19,7 @@ import torch
 
 from deltakern import backend
 from deltakern.ops import _extension, _triton, _validate
-from deltakern.ops._once import once_differentiable
+from deltakern.ops._once import as_dtype, once_differentiable
 from deltakern.ops.rope_qk_norm import _forward, _forward_cpp, backward_into, check_turn, rope_qk_norm_reference, run
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -134,13 +134,13 @@ class _SplitQKV(torch.autograd.Function):
             d_packed if want_packed else None,
             None,
             None,
-            sums[0].to(q_weight.dtype) if want_q_weight and grad_q is not None else None,
-            sums[1].to(k_weight.dtype) if want_k_weight and grad_k is not None else None,
+            as_dtype(sums[0], q_weight.dtype) if want_q_weight and grad_q is not None else None,
+            as_dtype(sums[1], k_weight.dtype) if want_k_weight and grad_k is not None else None,
             *(None,) * 6,
         )
 
 
-def _check(packed, cos, sin, q_weight, k_weight, heads, gated, order, num_prefix) -> None:
+def _check(packed, cos, sin, q_weight, k_weight, *, heads, gated, order, num_prefix, eps) -> None:
     op = "split_qkv"
     _validate.rank(op, "packed", packed, "(B,L,E)")
     _validate.rank(op, "cos", cos, "(N,d)")
@@ -153,7 +153,21 @@ def _check(packed, cos, sin, q_weight, k_weight, heads, gated, order, num_prefix
     _validate.floating_on_one_device(op, packed=packed, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
 
 
-@backend.op(reference=split_qkv_reference, facts=_facts, kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses})
+def _run(impl, packed, cos, sin, q_weight, k_weight, *, heads, gated, order, num_prefix, eps):
+    if _triton.needs_grad(packed, q_weight, k_weight) and not torch.compiler.is_compiling():
+        return _SplitQKV.apply(packed, cos, sin, q_weight, k_weight, heads, gated, order == "pre_rope", num_prefix, eps, impl)
+    # Under torch.compile the slices' gradients are joined in the graph: a Function that returns views is not traced.
+    q, k, v, gate = slices(packed, heads, cos.shape[1], gated)
+    return *run(impl, q, k, cos, sin, q_weight, k_weight, order == "pre_rope", num_prefix, eps), v, gate
+
+
+@backend.op(
+    reference=split_qkv_reference,
+    check=_check,
+    facts=_facts,
+    run=_run,
+    kernels={"triton": backend.triton_refuses, "cpp": _extension.cpp_refuses},
+)
 def split_qkv(
     packed: torch.Tensor,
     cos: torch.Tensor,
@@ -184,12 +198,5 @@ def split_qkv(
     Raises:
         ValueError: shapes, devices, order, num_prefix, a table that requires grad. TypeError: dtypes.
     """
-    _check(packed, cos, sin, q_weight, k_weight, heads, gated, order, num_prefix)
-    chosen = backend.choose(split_qkv, impl, _facts(packed, cos, sin, q_weight, k_weight))
-    if chosen != "reference":
-        if _triton.needs_grad(packed, q_weight, k_weight) and not torch.compiler.is_compiling():
-            return _SplitQKV.apply(packed, cos, sin, q_weight, k_weight, heads, gated, order == "pre_rope", num_prefix, eps, chosen)
-        # Under torch.compile the slices' gradients are joined in the graph: a Function that returns views is not traced.
-        q, k, v, gate = slices(packed, heads, cos.shape[1], gated)
-        return *run(chosen, q, k, cos, sin, q_weight, k_weight, order == "pre_rope", num_prefix, eps), v, gate
-    return split_qkv_reference(packed, cos, sin, q_weight, k_weight, heads=heads, gated=gated, order=order, num_prefix=num_prefix, eps=eps)
+    options = {"heads": heads, "gated": gated, "order": order, "num_prefix": num_prefix, "eps": eps}
+    return backend.call(split_qkv, impl, packed, cos, sin, q_weight, k_weight, **options)

@@ -55,16 +55,21 @@ class _SwiGLU(torch.autograd.Function):
         return _backward(*ctx.saved_tensors, d_out)
 
 
-@backend.op(reference=swiglu_reference, facts=_facts, kernels={"triton": backend.triton_refuses})
+def _check(gate_up) -> None:
+    if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"swiglu: gate_up must be (...,2I), got {_validate.wanted_shape(gate_up)}")
+    _validate.floating("swiglu", gate_up=gate_up)
+
+
+def _run(_, gate_up):
+    return _SwiGLU.apply(gate_up) if _triton.needs_grad(gate_up) else _forward(gate_up)
+
+
+@backend.op(reference=swiglu_reference, check=_check, facts=_facts, run=_run, kernels={"triton": backend.triton_refuses})
 def swiglu(gate_up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """``silu(gate) * up`` of (..., 2I) -> (..., I), gate first. The module's docstring is the contract.
 
     Raises:
         ValueError: an odd last dimension. TypeError: the dtype.
     """
-    if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu: gate_up must be (...,2I), got {_validate.wanted_shape(gate_up)}")
-    _validate.floating("swiglu", gate_up=gate_up)
-    if backend.choose(swiglu, impl, _facts(gate_up)) == "triton":
-        return _SwiGLU.apply(gate_up) if _triton.needs_grad(gate_up) else _forward(gate_up)
-    return swiglu_reference(gate_up)
+    return backend.call(swiglu, impl, gate_up)

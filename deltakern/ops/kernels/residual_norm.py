@@ -20,7 +20,7 @@ def residual_norm_forward_kernel(
     stream, branch, scale, weight, bias, total, normed, statistics,
     count, inner, stream_outer, stream_inner, branch_outer, branch_inner, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_BRANCH: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -39,8 +39,9 @@ def residual_norm_forward_kernel(
         x = stored.to(tl.float32)
     if HAS_NORM:
         mean, rstd = row_statistics(x, mask, tl.cast(eps, tl.float32), WIDTH)
-        tl.store(statistics + row, mean, mask=live)
-        tl.store(statistics + count + row, rstd, mask=live)
+        if STATISTICS:
+            tl.store(statistics + row, mean, mask=live)
+            tl.store(statistics + count + row, rstd, mask=live)
         y = (x - mean[:, None]) * rstd[:, None] * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
         if HAS_BIAS:
             y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -114,41 +115,44 @@ def residual_norm_forward(
     bias: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
+    want_statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(total, normed, statistics)``, the statistics (2, rows) float32; the last two are empty without a weight."""
+    """``(total, normed, statistics)``, the statistics (2, rows) float32, where they are wanted; the last two are empty without a weight."""
     width = stream.shape[-1]
     total = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
     count = stream[..., 0].numel()
     norm = weight is not None
     normed = torch.empty(stream.shape if norm else (0,), dtype=out_dtype, device=stream.device)
-    statistics = torch.empty((2, count) if norm else (0,), dtype=torch.float32, device=stream.device)
+    keeps = norm and want_statistics
+    statistics = torch.empty((2, count) if keeps else (0,), dtype=torch.float32, device=stream.device)
     s, b = _triton.rows(stream), _triton.rows(branch)
     size = tile("residual_norm_forward", width, stream.dtype, _triton.architecture(stream.device))
     _triton.launch(
         residual_norm_forward_kernel, (triton.cdiv(count, size.rows),), size,
-        s, b, *map(_dense, (scale, weight, bias)), total, normed, statistics,
+        s, b, *map(_dense, (scale, weight, bias)), total, normed, statistics if keeps else None,
         count, s.shape[1], s.stride(0), s.stride(1), b.stride(0), b.stride(1), eps,
         WIDTH=width, ROWS=size.rows, BLOCK=size.block,
-        HAS_BRANCH=True, HAS_SCALE=scale is not None, HAS_NORM=norm, HAS_BIAS=bias is not None,
+        HAS_BRANCH=True, HAS_SCALE=scale is not None, HAS_NORM=norm, HAS_BIAS=bias is not None, STATISTICS=keeps,
     )  # fmt: skip
     return total, normed, statistics
 
 
 def layer_norm_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out_dtype: torch.dtype
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out_dtype: torch.dtype, want_statistics: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(normed, statistics)``, the bits of ``residual_norm``'s for a stream that is ``x`` as stored."""
     width = x.shape[-1]
     count = x[..., 0].numel()
     normed = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    statistics = torch.empty((2, count), dtype=torch.float32, device=x.device)
+    statistics = torch.empty((2, count) if want_statistics else (0,), dtype=torch.float32, device=x.device)
     s = _triton.rows(x)
     size = tile("residual_norm_forward", width, x.dtype, _triton.architecture(x.device))
     _triton.launch(
         residual_norm_forward_kernel, (triton.cdiv(count, size.rows),), size,
-        s, s, None, *map(_dense, (weight, bias)), s, normed, statistics,
+        s, s, None, *map(_dense, (weight, bias)), s, normed, statistics if want_statistics else None,
         count, s.shape[1], s.stride(0), s.stride(1), s.stride(0), s.stride(1), eps,
-        WIDTH=width, ROWS=size.rows, BLOCK=size.block, HAS_BRANCH=False, HAS_SCALE=False, HAS_NORM=True, HAS_BIAS=bias is not None,
+        WIDTH=width, ROWS=size.rows, BLOCK=size.block,
+        HAS_BRANCH=False, HAS_SCALE=False, HAS_NORM=True, HAS_BIAS=bias is not None, STATISTICS=want_statistics,
     )  # fmt: skip
     return normed, statistics
 
