@@ -12,7 +12,7 @@ from deltakern import ops
 from deltakern.nn import MLP, Residual, TransformerBlock
 from deltakern.nn.block import Rows, add_and_norm
 from deltakern.nn.product import apply_linear, cast, evaluates, join, product
-from deltakern.nn.weights import Freezable, Part, dtype_for, kernels_run, lasts, one_call, plain
+from deltakern.nn.weights import Freezable, Part, dtype_for, kernels_run, lasts, one_call, plain, read
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Rotate = Callable[[torch.Tensor], torch.Tensor]
@@ -62,10 +62,15 @@ class CrossAttention(Freezable):
             scale: (D,) folded into the output projection.
             into: (B,Q,D) that the result is added to.
         """
-        dtype = dtype_for(self.q_proj, normed)
+        query, out, query_known, out_known = self.known()
         kv = self.keys_values(memory, rotate) if isinstance(memory, torch.Tensor) else memory
-        q = apply_linear(self, "q", self.q_proj, normed, dtype).unflatten(-1, (self.num_heads, -1))
-        return apply_linear(self, "out", self.out_proj, mix(q, *kv).flatten(2), dtype, scale=scale, into=into)
+        q = apply_linear(self, "q", query, normed, normed.dtype, known=query_known).unflatten(-1, (self.num_heads, -1))
+        return apply_linear(self, "out", out, mix(q, *kv).flatten(2), normed.dtype, scale=scale, into=into, known=out_known)
+
+    def ask(self) -> tuple[Any, ...]:
+        """The layers of every step, and what is read of them."""
+        layers = self.q_proj, self.out_proj
+        return *layers, *(read(nn.Linear, layer) for layer in layers)
 
     def groups(self) -> dict[str, tuple[nn.Module, ...]]:
         """What goes through one product each, by a name for it."""

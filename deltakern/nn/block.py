@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from deltakern import backend, ops
 from deltakern.nn.attend import attend, check_backend
 from deltakern.nn.product import Pair, apply_linear, cast, evaluates, join, product, value_of
 from deltakern.nn.recompute import Fleeting, apply, check_mode, recomputes
-from deltakern.nn.weights import Freezable, dtype_for, kernels_run, lasts, odd, plain
+from deltakern.nn.weights import Freezable, Reading, compute_dtype, kernels_run, lasts, odd, plain, read
 
 QK_NORM_ORDERS = ("pre_rope", "post_rope")
 
@@ -89,22 +90,26 @@ class Rows(NamedTuple):
         return t if self.keep == "all" else t[:, :1] if self.keep == "first" else t[:, 1:]
 
 
-def add_and_norm(entry: Residual | Assembly, norm: nn.LayerNorm, out_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual stream, and its LayerNorm in ``out_dtype`` (the stream's own when None)."""
-    if not (plain(nn.LayerNorm, norm) and norm.elementwise_affine):
+def add_and_norm(
+    entry: Residual | Assembly, norm: nn.Module, out_dtype: torch.dtype | None, known: Reading | EllipsisType | None = ...
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream, and its LayerNorm in ``out_dtype`` (the stream's own when None). ``known``: what
+    :func:`deltakern.nn.weights.read` says of the norm."""
+    known = read(nn.LayerNorm, norm) if known is ... else known
+    if known is None:
         if isinstance(entry, Assembly):
             ones = entry.token.new_ones(entry.token.shape[-1:])
             stream = _assemble(entry, ones, torch.zeros_like(ones), 1e-5, out_dtype)[0]
         else:
             stream = entry.add()
         return stream, norm(stream).to(out_dtype or stream.dtype)
+    weight, bias, eps = known
     if isinstance(entry, Assembly):
-        return _assemble(entry, norm.weight, norm.bias, norm.eps, out_dtype)
-    if entry.branch is None:
-        layer_norm = backend.direct(ops.layer_norm, entry.stream)
-        return entry.stream, layer_norm(entry.stream, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
-    residual_norm = backend.direct(ops.residual_norm, entry.stream)
-    return residual_norm(*entry, norm.weight, norm.bias, eps=norm.eps, out_dtype=out_dtype)
+        return _assemble(entry, weight, bias, eps, out_dtype)
+    stream, branch, scale = entry
+    if branch is None:
+        return stream, backend.direct(ops.layer_norm, stream)(stream, weight, bias, eps=eps, out_dtype=out_dtype)
+    return backend.direct(ops.residual_norm, stream)(stream, branch, scale, weight, bias, eps=eps, out_dtype=out_dtype)
 
 
 def _assemble(entry: Assembly, weight: torch.Tensor, bias: torch.Tensor, eps: float, out_dtype: torch.dtype | None):
@@ -112,13 +117,13 @@ def _assemble(entry: Assembly, weight: torch.Tensor, bias: torch.Tensor, eps: fl
     return ops.patch_delta(*tensors, weight, bias, mode=mode, eps=eps, out_dtype=out_dtype, stream_dtype=stream_dtype)
 
 
-def norm_again(stream: torch.Tensor, normed: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor | Fleeting:
+def norm_again(stream: torch.Tensor, normed: torch.Tensor, known: Reading | None) -> torch.Tensor | Fleeting:
     """The second of what :func:`add_and_norm` returns, to be made again from the first."""
-    if not (plain(nn.LayerNorm, norm) and norm.elementwise_affine):
+    if known is None:
         return normed
-    made_of = stream, norm.weight, norm.bias
+    made_of = stream, known.weight, known.bias
     impl = backend.chosen(ops.layer_norm, *made_of, out_dtype=normed.dtype)
-    return Fleeting(normed, functools.partial(ops.layer_norm, eps=norm.eps, out_dtype=normed.dtype, impl=impl), made_of)
+    return Fleeting(normed, functools.partial(ops.layer_norm, eps=known.eps, out_dtype=normed.dtype, impl=impl), made_of)
 
 
 class LayerScale(nn.Module):
@@ -133,11 +138,10 @@ class LayerScale(nn.Module):
         return branch * self.lambda1.to(branch.dtype)
 
 
-def _packs(owner: nn.Module, x: torch.Tensor | Fleeting, *layers: nn.Module) -> bool:
-    """Whether these layers' products of x are to be one: where packing costs nothing (frozen), saves launches, or joins gradients."""
-    if not plain(nn.Linear, *layers):
-        return False
-    return lasts(owner) or kernels_run(value_of(x)) or (torch.is_grad_enabled() and layers[0].weight.requires_grad)
+def _packs(owner: nn.Module, x: torch.Tensor | Fleeting, weight: torch.Tensor) -> bool:
+    """Whether products of x with several plain layers, one of them of this weight, are to be one: where packing costs nothing (frozen),
+    saves launches, or joins gradients."""
+    return lasts(owner) or kernels_run(value_of(x)) or (torch.is_grad_enabled() and weight.requires_grad)
 
 
 class MLP(Freezable):
@@ -159,12 +163,18 @@ class MLP(Freezable):
     ) -> torch.Tensor:
         """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``into`` (..., D) is added to. ``recompute``: the hidden
         layer is made again in the backward."""
-        dtype = dtype_for(self.up_proj, value_of(normed))
+        up, down, up_known, down_known = self.known()
+        dtype = value_of(normed).dtype
         if recompute:
-            hidden = apply(ops.gelu, apply_linear(self, "up", self.up_proj, normed, dtype), recompute=True)
+            hidden = apply(ops.gelu, apply_linear(self, "up", up, normed, dtype, known=up_known), recompute=True)
         else:
-            hidden = apply_linear(self, "up", self.up_proj, normed, dtype, activation="gelu")
-        return apply_linear(self, "down", self.down_proj, hidden, dtype, scale=scale, into=into)
+            hidden = apply_linear(self, "up", up, normed, dtype, activation="gelu", known=up_known)
+        return apply_linear(self, "down", down, hidden, dtype, scale=scale, into=into, known=down_known)
+
+    def ask(self) -> tuple[Any, ...]:
+        """The layers, and what is read of them."""
+        layers = self.up_proj, self.down_proj
+        return *layers, *(read(nn.Linear, layer) for layer in layers)
 
     def groups(self) -> dict[str, tuple[nn.Module, ...]]:
         """What goes through one product each, by a name for it."""
@@ -191,12 +201,15 @@ class SwiGLU(Freezable):
     ) -> torch.Tensor:
         """(..., D) -> (..., D); ``scale`` (D,) is folded into the last projection, ``into`` (..., D) is added to. ``recompute``: the hidden
         layer is made again in the backward."""
-        gate, up = self.gate_proj, self.up_proj
-        dtype = dtype_for(up, value_of(normed))
-        if _packs(self, normed, gate, up) and gate.bias is not None and up.bias is not None:
-            both = product(self, "gate_up", (gate.weight, gate.bias, up.weight, up.bias), dtype, join, normed)
+        gate, up, down, gate_known, up_known, down_known, joins = self.known()
+        dtype = value_of(normed).dtype
+        if joins and _packs(self, normed, up_known.weight):
+            both = product(self, "gate_up", (*gate_known[:2], *up_known[:2]), dtype, join, normed)
         else:
-            both = apply_linear(self, "gate", gate, normed, dtype), apply_linear(self, "up", up, normed, dtype)
+            both = tuple(
+                apply_linear(self, name, layer, normed, dtype, known=known)
+                for name, layer, known in (("gate", gate, gate_known), ("up", up, up_known))
+            )
         if not isinstance(both, tuple):
             hidden = apply(ops.swiglu, both, recompute=recompute)
         elif kernels_run(both[0]):
@@ -205,7 +218,13 @@ class SwiGLU(Freezable):
             wide = torch.promote_types(both[0].dtype, torch.float32)
             hidden = F.silu(both[0].to(wide))
             hidden = (hidden * both[1].to(wide) if torch.is_grad_enabled() else hidden.mul_(both[1].to(wide))).to(both[0].dtype)
-        return apply_linear(self, "down", self.down_proj, hidden, dtype, scale=scale, into=into)
+        return apply_linear(self, "down", down, hidden, dtype, scale=scale, into=into, known=down_known)
+
+    def ask(self) -> tuple[Any, ...]:
+        """As :meth:`MLP.ask`, and whether gate and up can be one product."""
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        known = [read(nn.Linear, layer) for layer in layers]
+        return *layers, *known, all(k is not None and k.bias is not None for k in known[:2])
 
     def groups(self) -> dict[str, tuple[nn.Module, ...]]:
         """As :meth:`MLP.groups`."""
@@ -221,6 +240,30 @@ def _pack_qkv(q: torch.Tensor, q_bias: torch.Tensor, k: torch.Tensor, v: torch.T
         weights += [gate[0], q.new_zeros((padding, q.shape[1]))]
         biases += [gate[1], q.new_zeros(padding)]
     return torch.cat(weights), torch.cat(biases)
+
+
+class _Asked(NamedTuple):
+    """What :class:`SelfAttention` needs to know of its layers.
+
+    Attributes:
+        layers, projections: of q, k, v and the gate, and what is read of them.
+        output, output_known: the same of the output projection.
+        norms: of q and k, or none; ``weights`` theirs where the op behind the projections does what they do, which ``fuse`` says.
+        joins: whether the layers can be one product, of ``parameters``.
+    """
+
+    layers: tuple[nn.Module, ...]
+    projections: list[Reading | None]
+    output: nn.Module
+    output_known: Reading | None
+    norms: tuple[nn.Module, ...]
+    weights: list[torch.Tensor | None]
+    fuse: list[bool]
+    joins: bool
+    parameters: list[torch.Tensor]
+
+
+_EVERY = Rows()
 
 
 class SelfAttention(Freezable):
@@ -258,50 +301,55 @@ class SelfAttention(Freezable):
             return ()
         return (self.q_norm_prerope, self.k_norm_prerope) if self.qk_norm == "pre_rope" else (self.q_norm, self.k_norm)
 
-    def _fuses(self, *norms: nn.Module) -> bool:
-        """Whether the op behind the projections does what these norms do: plain ones of the form that they were built in."""
-        return plain(nn.LayerNorm, *norms) and all(n.elementwise_affine and n.bias is None and n.eps == self.eps for n in norms)
-
     def _layers(self) -> tuple[nn.Module, ...]:
         return (self.q_proj, self.k_proj, self.v_proj, *((self.attn_gate,) if self.gated else ()))
 
+    def ask(self) -> _Asked:
+        """What is read of the layers, and what is made of them together."""
+        layers, norms = self._layers(), self.norms()
+        known = [read(nn.Linear, layer) for layer in layers]
+        # The op behind the projections does what norms do that are plain and of the form that they were built in
+        weights = [read(nn.LayerNorm, norm) for norm in norms]
+        fuse = [k is not None and k.bias is None and k.eps == self.eps for k in weights]
+        joins = all(fuse) and all(k is not None and (k.bias is None) is (i == 1) for i, k in enumerate(known))
+        parameters = [p for k in known for p in k[:2] if p is not None] if joins else []
+        weights = [k.weight if fuses else None for k, fuses in zip(weights, fuse, strict=True)] or [None, None]
+        return _Asked(layers, known, self.o_proj, read(nn.Linear, self.o_proj), norms, weights, fuse, joins, parameters)
+
     def _turn(self, q: torch.Tensor | None, k: torch.Tensor, rope: Rope, num_prefix: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """RoPE and QK-norm of q and k (B,L,H,d)."""
-        norms, order = self.norms(), self.qk_norm or "pre_rope"
-        if self._fuses(*norms):
-            weights = [norm.weight for norm in norms] or [None, None]
-            return ops.rope_qk_norm(q, k, *rope, *weights, order=order, num_prefix=num_prefix, eps=self.eps)
+        known, order = self.known(), self.qk_norm or "pre_rope"
+        if all(known.fuse):
+            return ops.rope_qk_norm(q, k, *rope, *known.weights, order=order, num_prefix=num_prefix, eps=self.eps)
         if order == "pre_rope":
-            q, k = (None if t is None else norm(t).to(t.dtype) for t, norm in zip((q, k), norms, strict=True))
+            q, k = (None if t is None else norm(t).to(t.dtype) for t, norm in zip((q, k), known.norms, strict=True))
         q, k = ops.rope_qk_norm(q, k, *rope, None, None, num_prefix=num_prefix, eps=self.eps)
         if order == "post_rope":
-            q, k = (None if t is None else norm(t).to(t.dtype) for t, norm in zip((q, k), norms, strict=True))
+            q, k = (None if t is None else norm(t).to(t.dtype) for t, norm in zip((q, k), known.norms, strict=True))
         return q, k
 
-    def _project(self, normed: torch.Tensor | Fleeting, rope: Rope, num_prefix: int, skip: int, recompute: bool):
+    def _project(self, known: _Asked, normed: torch.Tensor | Fleeting, rope: Rope, num_prefix: int, skip: int, recompute: bool):
         """q, k, v (B,L,H,d), the gate's logits (B,L,H) or None, and how q and k of rows ``skip``.. are made again, or None."""
-        layers, norms = self._layers(), self.norms()
-        dtype = dtype_for(self.q_proj, value_of(normed))
-        if not (_packs(self, normed, *layers) and self._fuses(*norms) and all((p.bias is None) is (p is self.k_proj) for p in layers)):
+        dtype = value_of(normed).dtype
+        if not (known.joins and _packs(self, normed, known.parameters[0])):
             q, k, v, *gate = (
-                apply_linear(self, name, layer, normed, dtype) for name, layer in zip(("q", "k", "v", "gate"), layers, strict=False)
+                apply_linear(self, name, layer, normed, dtype, known=each)
+                for name, layer, each in zip(("q", "k", "v", "gate"), known.layers, known.projections, strict=False)
             )
             q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
             return *self._turn(q, k, rope, num_prefix), v, gate[0] if gate else None, None
-        parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-        weights = [norm.weight for norm in norms] or [None, None]
-        made_of = product(self, "qkv", parameters, dtype, _pack_qkv, normed), *rope, *weights
+        made_of = product(self, "qkv", known.parameters, dtype, _pack_qkv, normed), *rope, *known.weights
         options = {"heads": self.num_heads, "gated": self.gated, "order": self.qk_norm or "pre_rope", "num_prefix": num_prefix}
-        split, again = functools.partial(ops.split_qkv, **options, eps=self.eps), None
-        if recompute:
-            split = functools.partial(split, impl=backend.chosen(ops.split_qkv, *made_of, **split.keywords))
+        options["eps"] = self.eps
+        if not recompute:
+            return *ops.split_qkv(*made_of, **options), None
+        split = functools.partial(ops.split_qkv, **options, impl=backend.chosen(ops.split_qkv, *made_of, **options))
 
-            def make(*made_of: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-                q, k, *_ = split(*made_of)
-                return q[:, skip:], k
+        def make(*made_of: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            q, k, *_ = split(*made_of)
+            return q[:, skip:], k
 
-            again = make, made_of
-        return *split(*made_of), again
+        return *split(*made_of), (make, made_of)
 
     def forward(
         self,
@@ -309,7 +357,7 @@ class SelfAttention(Freezable):
         rope: Rope,
         *,
         num_prefix: int,
-        rows: Rows = Rows(),  # noqa: B008 - immutable
+        rows: Rows = _EVERY,
         fold_value: bool = True,
         scale: torch.Tensor | None = None,
         into: torch.Tensor | None = None,
@@ -331,44 +379,63 @@ class SelfAttention(Freezable):
         Returns:
             (B, rows that go on, D).
         """
+        known = self.known()
         if rows.keep == "first":
-            mixed, gate = self._first_row(normed, rope, num_prefix, fold_value)
+            mixed, gate = self._first_row(known, normed, rope, num_prefix, fold_value)
         else:
-            q, k, v, gate, again = self._project(normed, rope, num_prefix, 1 if rows.keep == "rest" else 0, recompute)
-            q, k, v = rows.kept(rows.sequences(q)), rows.sequences(k), rows.sequences(v)
-            gate = None if gate is None else rows.kept(rows.sequences(gate))
+            q, k, v, gate, again = self._project(known, normed, rope, num_prefix, 1 if rows.keep == "rest" else 0, recompute)
+            if rows != _EVERY:
+                q, k, v = rows.kept(rows.sequences(q)), rows.sequences(k), rows.sequences(v)
+                gate = None if gate is None else rows.kept(rows.sequences(gate))
             mixed = attend(q, k, v, backend=self.attention, again=again)
         opened = mixed if gate is None else apply(ops.head_gate, mixed, gate, recompute=recompute and rows.keep != "first")
         flat = opened._replace(value=opened.value.flatten(2)) if isinstance(opened, Fleeting) else opened.flatten(2)
-        return apply_linear(self, "o", self.o_proj, flat, dtype_for(self.o_proj, mixed), scale=scale, into=into)
+        return apply_linear(self, "o", known.output, flat, mixed.dtype, scale=scale, into=into, known=known.output_known)
 
-    def _first_row(self, normed: torch.Tensor, rope: Rope, num_prefix: int, fold_value: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _first_row(
+        self, known: _Asked, normed: torch.Tensor, rope: Rope, num_prefix: int, fold_value: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Row 0 of the attention, (B,1,H,d), and its gate's logits (B,1,H) or None: keys of every token, one query."""
-        dtype, heads, norms = dtype_for(self.q_proj, normed), self.num_heads, self.norms()
-        first = normed[:, :1]
-        q = apply_linear(self, "q", self.q_proj, first, dtype).unflatten(-1, (heads, -1))
+        dtype, heads, norms, weights = normed.dtype, self.num_heads, known.norms, known.weights
+        first, rows = normed[:, :1], dict(zip(("q", "k", "v", "gate"), zip(known.layers, known.projections, strict=True), strict=False))
+
+        def project(name: str, x: torch.Tensor) -> torch.Tensor:
+            return apply_linear(self, name, rows[name][0], x, dtype, known=rows[name][1])
+
+        q = project("q", first).unflatten(-1, (heads, -1))
         if norms:
-            weighted = self._fuses(norms[0])
-            q = ops.layer_norm(q, norms[0].weight, None, eps=self.eps) if weighted else norms[0](q).to(dtype)
-        k = apply_linear(self, "k", self.k_proj, normed, dtype).unflatten(-1, (heads, -1))
-        if norms and not self._fuses(norms[1]):
+            q = ops.layer_norm(q, weights[0], None, eps=self.eps) if known.fuse[0] else norms[0](q).to(dtype)
+        k = project("k", normed).unflatten(-1, (heads, -1))
+        if norms and not known.fuse[1]:
             k = self._turn(torch.zeros_like(k), k, rope, num_prefix)[1]
         else:
-            weight, order = norms[1].weight if norms else None, self.qk_norm or "pre_rope"
-            k = ops.rope_qk_norm(None, k, *rope, None, weight, order=order, num_prefix=num_prefix, eps=self.eps)[1]
-        if fold_value and plain(nn.Linear, self.v_proj):
-            weight, bias = cast(self, "v", (self.v_proj.weight, self.v_proj.bias), dtype)
+            order = self.qk_norm or "pre_rope"
+            k = ops.rope_qk_norm(None, k, *rope, None, weights[1], order=order, num_prefix=num_prefix, eps=self.eps)[1]
+        value = rows["v"][1]
+        if fold_value and value is not None:
+            weight, bias = cast(self, "v", value[:2], dtype)
             pooled = ops.delta_pool(normed, q[:, 0], k, scale=self.head_dim**-0.5)
             mixed = torch.einsum("bhc,hdc->bhd", pooled, weight.unflatten(0, (heads, -1)))
             mixed = (mixed if bias is None else mixed + bias.view(heads, -1))[:, None].to(dtype)
         else:
-            v = apply_linear(self, "v", self.v_proj, normed, dtype).unflatten(-1, (heads, -1))
-            mixed = attend(q, k, v, backend=self.attention)
-        return mixed, apply_linear(self, "gate", self.attn_gate, first, dtype) if self.gated else None
+            mixed = attend(q, k, project("v", normed).unflatten(-1, (heads, -1)), backend=self.attention)
+        return mixed, project("gate", first) if self.gated else None
 
     def groups(self) -> dict[str, tuple[nn.Module, ...]]:
         """As :meth:`MLP.groups`; with the norms of q and k, which the op after it takes."""
         return {"q, k, v and gate": (*self._layers(), *self.norms()), "output": (self.o_proj,)}
+
+
+class _AskedBlock(NamedTuple):
+    """What a block needs to know: its parts, its norms and scales in turn, and what is read of these."""
+
+    attention: nn.Module
+    mlp: nn.Module
+    layers: tuple[nn.Module, ...]
+    norm1: Reading | None
+    norm2: Reading | None
+    scale1: torch.Tensor | None
+    scale2: torch.Tensor | None
 
 
 class TransformerBlock(Freezable):
@@ -411,28 +478,43 @@ class TransformerBlock(Freezable):
         Returns:
             The stream and the MLP's branch.
         """
-        norm1, norm2, which = self.norm1, self.norm2, Rows(rows, samples)
+        known, which = self.known(), _EVERY if rows == "all" and not samples else Rows(rows, samples)
         like = entry.stream if isinstance(entry, Residual) else entry.like
-        dtype = dtype_for(norm1, like)
+        dtype = compute_dtype(like.device.type, like.dtype if known.norm1 is None else known.norm1.weight.dtype)
         recompute = recomputes(self.recompute, like.device.type)
-        stream, normed = add_and_norm(entry, norm1, dtype)
+        stream, normed = add_and_norm(entry, known.layers[0], dtype, known.norm1)
         if recompute and rows != "first":
-            normed = norm_again(stream, normed, norm1)
+            normed = norm_again(stream, normed, known.norm1)
         stream, options = which.kept(which.sequences(stream)), {**options, "rows": which, "recompute": recompute}
-        entry = self._branch(stream, self.layer_scale1, self.attention, dtype, normed, *context, **options)
-        stream, normed = add_and_norm(entry, norm2, dtype)
+        entry = self._branch(stream, known.layers[1], known.scale1, known.attention, dtype, normed, *context, **options)
+        stream, normed = add_and_norm(entry, known.layers[2], dtype, known.norm2)
         if recompute:
-            normed = norm_again(stream, normed, norm2)
-        entry = self._branch(stream, self.layer_scale2, self.mlp, dtype, normed, recompute=recompute)
+            normed = norm_again(stream, normed, known.norm2)
+        entry = self._branch(stream, known.layers[3], known.scale2, known.mlp, dtype, normed, recompute=recompute)
         # A clone, because a sharded block's parameters may be freed before the next block adds the branch.
         return entry if entry.scale is None else entry._replace(scale=entry.scale.clone())
 
-    def _branch(self, stream: torch.Tensor, scale: nn.Module, part: nn.Module, dtype: torch.dtype, *args: Any, **options: Any) -> Residual:
+    def ask(self) -> _AskedBlock:
+        """The layers, and what is read of them."""
+        scales = [layer.lambda1 if plain(LayerScale, layer) else None for layer in (self.layer_scale1, self.layer_scale2)]
+        layers = self.norm1, self.layer_scale1, self.norm2, self.layer_scale2
+        return _AskedBlock(self.attention, self.mlp, layers, *(read(nn.LayerNorm, n) for n in (self.norm1, self.norm2)), *scales)
+
+    def _branch(
+        self,
+        stream: torch.Tensor,
+        scale: nn.Module,
+        lambda1: torch.Tensor | None,
+        part: nn.Module,
+        dtype: torch.dtype,
+        *args: Any,
+        **options: Any,
+    ) -> Residual:
         """``stream + scale * part(*args, **options)``: the LayerScale is folded into the part's last projection, left to the residual, or
         called; the sum is left to the norm behind it, but where oneDNN makes the product, which adds on the way."""
-        if not plain(LayerScale, scale):
+        if lambda1 is None:
             return Residual(stream, scale(part(*args, **options)))
-        lambda1, lasting = scale.lambda1, lasts(part)
+        lasting = lasts(part)
         if dtype == torch.float16 or not (lasting or (self.folds and torch.is_grad_enabled() and lambda1.requires_grad)):
             return Residual(stream, part(*args, **options), lambda1)
         if lasting and evaluates(stream, dtype) and plain(type(part), part):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from deltakern import backend, ops
 from deltakern.nn.recompute import Fleeting, recomputed_linear
-from deltakern.nn.weights import Derived, Parameters, derived, derived_in, plain, store_of
+from deltakern.nn.weights import Derived, Parameters, Reading, derived_in, read, store_of
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -130,15 +131,22 @@ def fold_scale(weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor) ->
     return weight * scale[:, None], None if bias is None else bias * scale
 
 
-def cast(owner: nn.Module, name: str, parameters: Parameters, dtype: torch.dtype, build: Callable[..., Pair] = as_they_are) -> Pair:
-    """``build(*parameters)``, weight (E,D) and bias (E,) or None, in ``dtype``."""
+def cast(
+    owner: nn.Module,
+    name: str,
+    parameters: Parameters,
+    dtype: torch.dtype,
+    build: Callable[..., Pair] = as_they_are,
+    store: Derived | EllipsisType | None = ...,
+) -> Pair:
+    """``build(*parameters)``, weight (E,D) and bias (E,) or None, in ``dtype``; kept in ``store``, :func:`store_of` the owner's."""
     if build is as_they_are and parameters[0].dtype is dtype and (parameters[1] is None or parameters[1].dtype is dtype):
         return parameters[0], parameters[1]
 
     def make() -> Pair:
         return tuple(None if t is None else t.to(dtype) for t in build(*parameters))
 
-    return derived(owner, (name, dtype), parameters, make)
+    return derived_in(store_of(owner) if store is ... else store, owner, (name, dtype), parameters, make)
 
 
 def product(
@@ -178,7 +186,7 @@ def product(
 
         out = pointwise(x, *derived_in(store, owner, (name, "reordered"), parameters, make), then, into)
     else:
-        out = F.linear(x, *cast(owner, name, parameters, dtype, build))
+        out = F.linear(x, *cast(owner, name, parameters, dtype, build, store))
         out = out if into is None else out.add_(into)
     return out if activation in ("none", then) else backend.direct(ops.gelu, out)(out)
 
@@ -198,14 +206,17 @@ def apply_linear(
     scale: torch.Tensor | None = None,
     into: torch.Tensor | None = None,
     activation: str = "none",
+    known: Reading | EllipsisType | None = ...,
 ) -> torch.Tensor:
     """``activation(scale * layer(x))`` of one layer (...,D) -> (...,E), ``scale`` (E,) folded into it where that can be;
-    added to ``into`` (...,E), see :func:`product`."""
-    if not plain(nn.Linear, layer):
+    added to ``into`` (...,E), see :func:`product`. ``known``: what :func:`deltakern.nn.weights.read` says of the layer."""
+    known = read(nn.Linear, layer) if known is ... else known
+    if known is None:
         out = layer(value_of(x))
         out = out if scale is None else out * scale.to(out.dtype)
         out = out if into is None else into + out
         return ops.gelu(out) if activation == "gelu" else out
+    weight, bias, _ = known
     if scale is None:
-        return product(owner, name, (layer.weight, layer.bias), dtype, as_they_are, x, activation=activation, into=into)
-    return product(owner, f"{name}, scaled", (layer.weight, layer.bias, scale), dtype, fold_scale, x, activation=activation, into=into)
+        return product(owner, name, (weight, bias), dtype, as_they_are, x, activation=activation, into=into)
+    return product(owner, f"{name}, scaled", (weight, bias, scale), dtype, fold_scale, x, activation=activation, into=into)

@@ -23,6 +23,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from itertools import chain, repeat
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -41,6 +42,7 @@ Mark = tuple[Place, torch.Tensor | None]
 Value = TypeVar("Value")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)
+_FORWARD = repeat("forward")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -97,6 +99,64 @@ def plain(kind: type[nn.Module], *layers: nn.Module) -> bool:
             if parameter is not None and (type(parameter) not in _ORDINARY or parameter.layout is not torch.strided):
                 return False
     return True
+
+
+class Reading(NamedTuple):
+    """The parameters of a plain layer, which are used in its place; ``eps`` of a LayerNorm."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float | None
+
+
+def read(kind: type[nn.Module], layer: nn.Module) -> Reading | None:
+    """What is used in the place of a plain ``kind``; None where the layer is to be called."""
+    if not plain(kind, layer) or layer.weight is None:
+        return None
+    return Reading(layer.weight, layer.bias, getattr(layer, "eps", None))
+
+
+class Known:
+    """What a module said of its layers, for as long as these are the same objects in the same places, with no hooks and no forward of their
+    own: asking takes ten times as long as looking whether the answer still holds."""
+
+    def __init__(self, module: nn.Module, answers: Any) -> None:
+        parts, left = [], [module]
+        while left:  # a module below that answers for itself is only looked at
+            parts.append(left.pop())
+            if parts[-1] is module or not isinstance(parts[-1], Freezable):
+                left += [m for m in parts[-1]._modules.values() if m is not None]
+        self.answers = answers
+        self._groups = [group for m in parts for group in (m._parameters, m._modules) if group or m is module]
+        self._own = [m.__dict__ for m in parts]
+        self._norms = [(m, m.eps) for m in parts if "eps" in m.__dict__]
+        self._hooks = [h for m in parts for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
+        self._held = self._objects()
+        self._types = list(map(type, self._held))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+    def _objects(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._groups)))
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` would say the same now."""
+        held = self._objects()
+        return (
+            self._groups[0] is module._parameters
+            and self._groups[1] is module._modules
+            and len(held) == len(self._held)
+            and all(map(operator.is_, held, self._held))
+            and list(map(type, held)) == self._types
+            and not any(self._hooks)
+            and not any(map(operator.contains, self._own, _FORWARD))
+            and all([norm.eps == eps for norm, eps in self._norms])  # noqa: C419 - a generator takes longer
+        )
+
+
+def _nothing() -> None:
+    """Of what a copy knows nothing."""
 
 
 def settled(module: nn.Module) -> bool:
@@ -425,6 +485,19 @@ class Freezable(nn.Module):
     stay_evaluating: tuple[str, ...] = ()
     """Children that :meth:`train` leaves in evaluation mode."""
 
+    def ask(self) -> Any:
+        """What this module needs to know of its layers at every call."""
+
+    def known(self) -> Any:
+        """:meth:`ask`, asked once for as long as it holds."""
+        known = self.__dict__.get("_known")
+        if known is not None and known.holds(self):
+            return known.answers
+        if torch.compiler.is_compiling():
+            return self.ask()
+        known = self.__dict__["_known"] = Known(self, self.ask())
+        return known.answers
+
     def train(self, mode: bool = True) -> Freezable:
         """Sets the mode.
 
@@ -488,11 +561,10 @@ def derived_in(store: Derived | None, owner: nn.Module, key: Any, parameters: Pa
     """:func:`derived`, where :func:`store_of` was asked."""
     if store is None:
         return make()
-    if isinstance(store, Frozen):
-        check_once(store)
-        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+    check_once(store)
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+        if isinstance(store, Frozen):
             raise FrozenWeightsError(f"{type(owner).__name__} is frozen and does not train: call deltakern.unfreeze(model) first")
-    elif torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
         return make()
     if torch._C._are_functorch_transforms_active():  # what is made belongs to the transform
         return make()
