@@ -94,6 +94,8 @@ def gpu_suite(gigabytes: float = 80.0, capability: str = "") -> list[Part]:
         *(op(name) for name in backend.ops() if name != first),
         *(stage(name, 90) for name in ("decode", "backbone", "rollout", "token-space sample")),
         Part("tests: gpu", _pytest("-m", "gpu", "tests"), 240, 60),
+        Part("tests: attention", _pytest("tests/test_attend.py"), 90, 40),
+        Part("attention", _pytest("benchmarks/test_attention.py"), 90, 40),
         Part("doctor", (python, "-m", "deltakern.doctor"), 180, 60),
         Part("accuracy", _measure("accuracy", "cuda"), 180, 60),
         *(stage(name, 240) for name in stages.STAGES if name.startswith("DeltaWorld training")),

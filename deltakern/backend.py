@@ -61,7 +61,7 @@ class BackendError(RuntimeError):
 
 
 class BackendWarning(UserWarning):
-    """A kernel exists for this device but the reference runs instead."""
+    """A kernel exists for this device but the reference runs instead, or another attention than cuDNN's."""
 
 
 class Facts(NamedTuple):

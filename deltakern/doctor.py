@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -231,6 +233,27 @@ def _choices() -> Iterator[Finding]:
             yield Finding(group, op, NOTE if missed else OK, f"{found.chosen} ({found.why})", others)
 
 
+def _attention() -> Iterator[Finding]:
+    """Which attention ``attention="auto"`` takes at the models' head size, after its self-check where one is due."""
+    import torch
+
+    from deltakern.nn.attend import PACKAGES, _own, _package, decide
+
+    group = "attention"
+    for name in PACKAGES:
+        found, problem = _package(name)
+        yield Finding(group, name, OK if found else NOTE, "can be named" if found else "not usable", problem or "")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device, (queries, keys) in itertools.product(devices, ((2049, 2049), (1, 2049))):
+        q, k = (torch.zeros(1, n, 12, 64, dtype=torch.bfloat16, device=device) for n in (queries, keys))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say is in the finding
+            found = decide(q, k, k)
+        kernel = _own(*(t.transpose(1, 2) for t in (q, k, k)), None) if found.kernel == "sdpa" else found.kernel
+        status = NOTE if "failed" in found.why else OK
+        yield Finding(group, f"{device}, {queries} by {keys}", status, f"{kernel} in bfloat16", found.why)
+
+
 def _values(only: frozenset[str] | None = None) -> Iterator[Finding]:
     """Every implementation that can run here against float64, forward and backward, on the tiny cases; ``only`` names ops."""
     import torch
@@ -285,6 +308,7 @@ def diagnose() -> Iterator[Finding]:
         ("deltakern", _extension),
         ("devices", _devices),
         ("choice", _choices),
+        ("attention", _attention),
         ("values", _values),
         ("environment", _environment),
     ):

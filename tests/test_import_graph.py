@@ -18,7 +18,7 @@ ALLOWED = {
     "data": {"_extras", "data", "models", "nn"},
     "training": {"_extras", "backend", "ops", "nn", "models", "data", "training"},
     "report": {"_extras", "backend", "ops", "cases", "nn", "models", "data", "report"},
-    "doctor": {"backend", "ops", "cases", "doctor", "report"},
+    "doctor": {"backend", "ops", "cases", "nn", "doctor", "report"},
     "demo": {"_extras", "backend", "ops", "nn", "models", "data", "report", "demo"},
     "rollout": {"_extras", "models", "nn", "data", "report", "rollout"},
     "cli": {"_extras", "backend", "ops", "cases", "models", "data", "training", "report", "doctor", "demo", "rollout", "cli"},

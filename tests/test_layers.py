@@ -1117,6 +1117,7 @@ def test_explain_says_live_and_frozen():
         "norm1",
         "attention, q, k, v and gate",
         "attention, output",
+        "attention, kernel",
         "layer_scale1",
         "norm2",
         "mlp, gate and up",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import deltakern
 from deltakern import ops
 from deltakern.nn import Assembly, Block, attend
-from deltakern.nn.attend import FlashAgain
+from deltakern.nn.attend import Again
 from deltakern.nn.recompute import Fleeting, apply, recomputed_linear
 
 IMPLS = ("reference", "triton")
@@ -219,18 +219,19 @@ def test_attention_that_makes_q_and_k_again(dtype, device):
             assert torch.equal(x, y)
 
 
-def test_attention_that_makes_q_and_k_again_calls_the_gpus_kernels_as_they_are():
+@pytest.mark.parametrize("kernel", ["sdpa-flash", "sdpa-cudnn"])
+def test_attention_that_makes_q_and_k_again_calls_the_gpus_kernels_as_they_are(kernel):
     """On tensors that are not there: autograd itself needs a GPU, the shapes and the signatures do not."""
     context = SimpleNamespace()
     context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
     with FakeTensorMode(), torch.no_grad():
         q, k, v = (torch.empty(2, 3, length, 16, device="cuda", dtype=torch.bfloat16) for length in (5, 7, 7))
         made_of = q.transpose(1, 2), k.transpose(1, 2)
-        out = FlashAgain.forward(context, q, k, v, 0.3, lambda q, k: (q, k), *made_of)
+        out = Again.forward(context, q, k, v, 0.3, kernel, lambda q, k: (q, k), *made_of)
         assert out.shape == q.shape
-        grads = FlashAgain.backward.__wrapped__(context, torch.empty_like(out))
+        grads = Again.backward.__wrapped__(context, torch.empty_like(out))
         assert [g.shape for g in grads[:3]] == [q.shape, k.shape, v.shape]
-        assert grads[3:] == (None,) * 4
+        assert grads[3:] == (None,) * 5
 
 
 def test_modes_are_named():

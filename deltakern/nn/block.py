@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltakern import backend, ops
-from deltakern.nn.attend import attend, check_backend
+from deltakern.nn.attend import attend, check_backend, describe
 from deltakern.nn.product import Pair, apply_linear, cast, evaluates, join, product, value_of
 from deltakern.nn.recompute import Fleeting, apply, check_mode, recomputes
 from deltakern.nn.weights import Freezable, Reading, compute_dtype, kernels_run, lasts, odd, plain, read
@@ -534,7 +534,7 @@ class Block(TransformerBlock):
         eps: of every LayerNorm.
         attention: backend of :func:`deltakern.nn.attend.attend`.
         recompute: "cheap" keeps nothing for the backward that a pass over memory makes again: LayerNorms' outputs, rotated q and
-            k (with SDPA's flash attention), the gated attention, the MLP's hidden layer; gradients keep their bits. "none" keeps
+            k (with SDPA's flash attention or cuDNN's), the gated attention, the MLP's hidden layer; gradients keep their bits. "none" keeps
             them all. "auto" is "cheap" where kernels run (a GPU, or Triton's interpreter) and "none" on a CPU with reference ops.
             Under torch.compile its partitioner decides.
     """
@@ -588,7 +588,8 @@ class BlockExplanation(NamedTuple):
 
 
 def explain(block: TransformerBlock) -> BlockExplanation:
-    """Says of every part of a block whether its weights are read, live or frozen, or its modules called, and which one asks for that.
+    """Says of every part of a block whether its weights are read, live or frozen, or its modules called, and which one asks for that; of
+    self-attention also which kernel runs and what its self-check found.
 
     Raises:
         TypeError: no block of this package.
@@ -610,6 +611,8 @@ def explain(block: TransformerBlock) -> BlockExplanation:
         found[names[norm]] = way((norm,), "weights are read at every use")
         for name, layers in part.groups().items():
             found[f"{names[part]}, {name}"] = way(layers, "frozen: derived once" if frozen else "live: weights are read at every use")
+        if isinstance(part, SelfAttention):
+            found[f"{names[part]}, kernel"] = describe(part.attention, block.norm1.weight.device, part.head_dim)
         folded = "frozen: folded into the projection, where that is plain and not float16"
         found[names[scale]] = way((scale,), folded if frozen else "live: read at every use")
     return BlockExplanation(found)
