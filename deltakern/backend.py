@@ -294,7 +294,7 @@ def _first(entry: Op, at: launch.Key, impl: str, args: tuple[Any, ...], kwargs: 
     chosen, run = _ready(entry, impl, args, kwargs)
     if any(isinstance(k, torch.Tensor) for k in at):
         return run(*args, **kwargs)
-    if chosen != "reference" and not launch.needs_grad(*args, *kwargs.values()):
+    if chosen == "triton" and not launch.needs_grad(*args, *kwargs.values()):
         return entry.plans.first(at, run, args, kwargs)
     return entry.plans.keep(at, run)(*args, **kwargs)
 

@@ -55,6 +55,9 @@ class Plans(dict):
         records itself; the others are what was recorded."""
 
         def second(*args: Any, **kwargs: Any) -> Any:
+            tensors = [id(a) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+            if len(set(tensors)) < len(tensors):  # which of them is meant where is better seen of others
+                return function(*args, **kwargs)
             result, plan = _record(function, args, kwargs)
             self.keep(at, plan)
             return result
@@ -136,8 +139,8 @@ class LibraryOp:
             except (RuntimeError, TypeError):
                 return self.overload(*arguments)
             return plan(*arguments) if plan is not None else self.plans.first(at, self.launcher, arguments)
-        elif (recorder := getattr(_recording, "by", None)) is not None:
-            return self.launcher(*arguments) if self.plans is not None else recorder.call(self.launcher, arguments)
+        elif self.plans is not None and getattr(_recording, "by", None) is not None:
+            return self.launcher(*arguments)  # its launches are a part of what is recorded
         return self.overload(*arguments)
 
 
@@ -225,6 +228,11 @@ class _Recorder(TorchDispatchMode):
         finally:
             self._paused = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not, because that would import Dynamo for everybody; nothing is compiled where something is recorded."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -236,7 +244,7 @@ class _Recorder(TorchDispatchMode):
             self.names[id(out)] = self._code(first)
         elif func in _EMPTY and out.is_contiguous():
             self._line(out, self._allocation(out))
-        else:
+        elif isinstance(out, torch.Tensor) or type(out) in (list, tuple):
             self.whole = self.whole and (func.is_view or func in _PLAIN)
             code = f"{self._value(func)}({', '.join([self._code(a) for a in args] + [f'{n}={self._code(a)}' for n, a in kwargs.items()])})"
             if out is first:  # written to in place
@@ -245,6 +253,8 @@ class _Recorder(TorchDispatchMode):
             name = self._line(out, code)
             if first is not None and isinstance(out, torch.Tensor) and out.dtype == first.dtype and out.data_ptr() == first.data_ptr():
                 self.pointers[name] = self._pointer(first)
+        elif first is not None:  # a number that depends on what a tensor holds
+            self.whole = False
         return out
 
     def _allocation(self, out: torch.Tensor) -> str:
@@ -253,14 +263,6 @@ class _Recorder(TorchDispatchMode):
             if type(a) is torch.Tensor and a.is_contiguous() and (a.shape, a.dtype, a.device) == (out.shape, out.dtype, out.device):
                 return f"like({name})"
         return f"empty({tuple(out.shape)}, {tuple(out.stride())}, dtype={self._value(out.dtype)}, device={self._value(out.device)})"
-
-    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """``function(*arguments)``, which does what nobody here sees, as one line."""
-        with self.paused():
-            out = function(*arguments)
-        self.held.append(out)
-        self._line(out, f"{self._value(function)}({', '.join(map(self._code, arguments))})")
-        return out
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: Any, options: Any, made: Any) -> None:
         """A launch that was made. ``made`` is what Triton compiled for it; None under its interpreter."""
