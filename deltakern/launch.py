@@ -211,6 +211,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.whole, self.arguments = True, arguments
         self.names = {id(a): name for name, a in arguments.items() if isinstance(a, torch.Tensor)}
+        self.roots: dict[int, tuple[str, torch.Tensor]] = {}  # of a view, what it views
         self.pointers: dict[str, str] = {}  # a view that begins where another tensor does, and that tensor
         self.held: list[Any] = list(arguments.values())  # so that no id is given twice
         self.values: dict[str, Any] = {}  # what the lines refer to
@@ -244,18 +245,33 @@ class _Recorder(TorchDispatchMode):
             self.names[id(out)] = self._code(first)
         elif func in _EMPTY and out.is_contiguous():
             self._line(out, self._allocation(out))
+        elif func.is_view and (views := self._views(first, out)):
+            for view, code in views:
+                name = self._line(view, code)
+                if view.data_ptr() == first.data_ptr():
+                    self.pointers[name] = self._pointer(first)
         elif isinstance(out, torch.Tensor) or type(out) in (list, tuple):
             self.whole = self.whole and (func.is_view or func in _PLAIN)
             code = f"{self._value(func)}({', '.join([self._code(a) for a in args] + [f'{n}={self._code(a)}' for n, a in kwargs.items()])})"
             if out is first:  # written to in place
                 self.lines.append((None, code))
-                return out
-            name = self._line(out, code)
-            if first is not None and isinstance(out, torch.Tensor) and out.dtype == first.dtype and out.data_ptr() == first.data_ptr():
-                self.pointers[name] = self._pointer(first)
+            else:
+                self._line(out, code)
         elif first is not None:  # a number that depends on what a tensor holds
             self.whole = False
         return out
+
+    def _views(self, first: torch.Tensor, out: Any) -> list[tuple[torch.Tensor, str]]:
+        """Views and their code, of what is viewed itself however many views stand between."""
+        root, whole = self.roots.get(id(first), (self._code(first), first))
+        found = []
+        for view in (out,) if isinstance(out, torch.Tensor) else out:
+            if view.dtype != whole.dtype:
+                return []
+            self.roots[id(view)] = root, whole
+            offset = f"{root}.storage_offset() + {view.storage_offset() - whole.storage_offset()}"
+            found.append((view, f"{root}.as_strided({tuple(view.shape)}, {tuple(view.stride())}, {offset})"))
+        return found
 
     def _allocation(self, out: torch.Tensor) -> str:
         """Like an argument where there is such a one, which takes less to say."""

@@ -42,7 +42,6 @@ Mark = tuple[Place, torch.Tensor | None]
 Value = TypeVar("Value")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)
-_FORWARD = repeat("forward")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -116,23 +115,29 @@ def read(kind: type[nn.Module], layer: nn.Module) -> Reading | None:
     return Reading(layer.weight, layer.bias, getattr(layer, "eps", None))
 
 
-class Known:
-    """What a module said of its layers, for as long as these are the same objects in the same places, with no hooks and no forward of their
-    own: asking takes ten times as long as looking whether the answer still holds."""
+class Structure:
+    """The objects that a module is made of as they are now, and what is called where they are.
 
-    def __init__(self, module: nn.Module, answers: Any) -> None:
+    Args:
+        module: of which it is.
+        below: also of those below that can be frozen by themselves.
+
+    Attributes:
+        answers: what the module made of it, see :meth:`Freezable.known`.
+    """
+
+    def __init__(self, module: nn.Module, below: bool = True, answers: Any = None) -> None:
         parts, left = [], [module]
-        while left:  # a module below that answers for itself is only looked at
+        while left:
             parts.append(left.pop())
-            if parts[-1] is module or not isinstance(parts[-1], Freezable):
+            if below or parts[-1] is module or not isinstance(parts[-1], Freezable):
                 left += [m for m in parts[-1]._modules.values() if m is not None]
-        self.answers = answers
-        self._groups = [group for m in parts for group in (m._parameters, m._modules) if group or m is module]
-        self._own = [m.__dict__ for m in parts]
-        self._norms = [(m, m.eps) for m in parts if "eps" in m.__dict__]
+        self.of, self.answers, self._parts = module, answers, parts
+        self._groups = [group for m in parts for group in (m._parameters, m._buffers, m._modules) if group]
         self._hooks = [h for m in parts for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
-        self._held = self._objects()
-        self._types = list(map(type, self._held))
+        self._dicts, self._with_eps = [m.__dict__ for m in parts], [m for m in parts if "eps" in m.__dict__]
+        self._held, self._ways = self._objects(), self._how()
+        self._types = list(map(type, (*parts, *self._held)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
@@ -140,23 +145,25 @@ class Known:
     def _objects(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._groups)))
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether ``module`` would say the same now."""
+    def _how(self) -> tuple[Any, ...]:
+        """Hooks, forwards put in the place of the classes', and every eps."""
+        hooks = [list(h) for h in self._hooks] if any(self._hooks) else None
+        own = [d.get("forward") for d in self._dicts] if any(map(operator.contains, self._dicts, repeat("forward"))) else None
+        return hooks, own, [m.eps for m in self._with_eps]
+
+    def same(self) -> bool:
+        """Whether all that is as it was."""
         held = self._objects()
         return (
-            self._groups[0] is module._parameters
-            and self._groups[1] is module._modules
-            and len(held) == len(self._held)
+            len(held) == len(self._held)
             and all(map(operator.is_, held, self._held))
-            and list(map(type, held)) == self._types
-            and not any(self._hooks)
-            and not any(map(operator.contains, self._own, _FORWARD))
-            and all([norm.eps == eps for norm, eps in self._norms])  # noqa: C419 - a generator takes longer
+            and list(map(type, chain(self._parts, held))) == self._types
+            and self._how() == self._ways
         )
 
 
 def _nothing() -> None:
-    """Of what a copy knows nothing."""
+    """What a copy knows of its structure."""
 
 
 def settled(module: nn.Module) -> bool:
@@ -365,21 +372,12 @@ class Frozen(Derived):
         return "a parameter"
 
 
-class Snapshot:
-    """A module as it is now: its submodules, parameters and buffers, listed once, where they lie, and samples of what they hold."""
+class Snapshot(Structure):
+    """A module as it is now: its structure, where its parameters and buffers lie, and samples of what they hold."""
 
     def __init__(self, module: nn.Module) -> None:
-        parts = list(module.modules())
-        self._groups = [group for m in parts for group in (m._parameters, m._buffers, m._modules) if group]
-        self._parts, self._dicts = parts, [m.__dict__ for m in parts]
-        self._hooks = [hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._held, self._ways = self._objects(), self._how()
+        super().__init__(module)
         self._guard = Guard([x for x in self._held if isinstance(x, torch.Tensor)])
-
-    def _how(self) -> tuple[Any, ...]:
-        """What is called where a module is: its class, its hooks, a forward put in the place of its own; and an eps that it has."""
-        own = [(i, d.get("forward"), d.get("eps")) for i, d in enumerate(self._dicts) if "forward" in d or "eps" in d]
-        return list(map(type, self._parts)), [(i, *hooks) for i, hooks in enumerate(self._hooks) if hooks], own
 
     def __deepcopy__(self, memo: Any) -> Snapshot:
         """Of the same module: a rollout's state may be copied, its model is not."""
@@ -387,16 +385,12 @@ class Snapshot:
 
     def _objects(self) -> list[Any]:
         """One that is offloaded is on the meta device between calls, another one each time."""
-        held = (x for group in self._groups for x in group.values())
-        return ["offloaded" if isinstance(x, torch.Tensor) and x.is_meta else x for x in held]
+        return ["offloaded" if isinstance(x, torch.Tensor) and x.is_meta else x for x in super()._objects()]
 
     def moved(self) -> str | None:
-        """What was put in the place of something else, or hooked, or lies elsewhere; None where nothing was."""
-        now = self._objects()
-        if len(now) != len(self._held) or not all(map(operator.is_, now, self._held)):
-            return "a parameter or a module is another one"
-        if self._how() != self._ways:
-            return "a hook, a forward, a class or an eps is another one"
+        """What is another one or lies elsewhere; None where nothing does."""
+        if not self.same():
+            return "a parameter, module, hook, forward, class or eps is another one"
         return "a parameter lies elsewhere" if self._guard.moved() is not None else None
 
     def changed(self) -> str | None:
@@ -489,14 +483,14 @@ class Freezable(nn.Module):
         """What this module needs to know of its layers at every call."""
 
     def known(self) -> Any:
-        """:meth:`ask`, asked once for as long as it holds."""
+        """:meth:`ask`, asked once for as long as the module is made of the same: asking takes ten times as long as looking for that."""
         known = self.__dict__.get("_known")
-        if known is not None and known.holds(self):
+        if known is not None and known.of is self and known.same():
             return known.answers
-        if torch.compiler.is_compiling():
-            return self.ask()
-        known = self.__dict__["_known"] = Known(self, self.ask())
-        return known.answers
+        answers = self.ask()
+        if not torch.compiler.is_compiling():
+            self.__dict__["_known"] = Structure(self, False, answers)
+        return answers
 
     def train(self, mode: bool = True) -> Freezable:
         """Sets the mode.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 SCHEMA = 1
-KINDS = ("op", "model", "ceiling", "accuracy")
+KINDS = ("op", "model", "ceiling", "accuracy", "host")
 
 
 class RowError(ValueError):
@@ -29,7 +29,8 @@ class Row:
     """One measurement.
 
     Attributes:
-        kind: "op" (one case of one op), "model" (one stage of the models), "ceiling" (the machine's) or "accuracy".
+        kind: "op" (one case of one op), "model" (one stage of the models), "ceiling" (the machine's), "accuracy" or "host" (thread time
+            of a call with a driver that does nothing).
         name: the op, the stage, "copy" or "gemm".
         case: the op's case, or the preset.
         impl: implementation; "release (eager)" and "release (torch.compile)" are the baselines of models.
