@@ -10,12 +10,13 @@ from torch import nn
 from deltakern import ops
 from deltakern.models import sampling
 from deltakern.models.deltatok import DeltaTok, Savings
+from deltakern.models.predictor import Predictor
 from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
 from deltakern.models.stream import Stream
 from deltakern.models.validate import check_frames, check_positive
-from deltakern.models.world import World, axis_angles, rotate_axes
+from deltakern.models.world import World, axis_angles, behind, rotate_axes
 from deltakern.nn import Residual
-from deltakern.nn.weights import hold, one_call, table
+from deltakern.nn.weights import hold, one_call
 
 
 class DeltaWorld(World):
@@ -55,24 +56,21 @@ class DeltaWorld(World):
     ) -> None:
         if len(rope_axis_sizes) != 1:
             raise ValueError(f"rope_axis_sizes must name one axis, time, got {tuple(rope_axis_sizes)}")
-        super().__init__(
-            tokenizer.backbone,
-            rope_axis_sizes=rope_axis_sizes,
-            predictor_hidden_size=predictor_hidden_size,
-            predictor_num_hidden_layers=predictor_num_hidden_layers,
-            predictor_num_heads=predictor_num_heads,
-            use_bom=use_bom,
-            num_samples_train=num_samples_train,
-            num_samples_eval=num_samples_eval,
-            layer_scale_init=layer_scale_init,
-            rope_unrotated_size=rope_unrotated_size,
-            mlp_ratio=mlp_ratio,
-            savings=savings,
-            candidate_chunk=candidate_chunk,
-        )
+        super().__init__(tokenizer.backbone, predictor_hidden_size, use_bom, num_samples_train, num_samples_eval, savings, candidate_chunk)
+        self.rope_axis_sizes = tuple(rope_axis_sizes)
         self.tokenizer = hold(tokenizer)
         self.backbone = tokenizer.backbone
-        self.predictor = self._make_predictor()
+        self.predictor = Predictor(
+            self.backbone.hidden_size,
+            self.initializer_range,
+            rope_axis_sizes,
+            rope_unrotated_size,
+            layer_scale_init,
+            predictor_hidden_size,
+            predictor_num_hidden_layers,
+            predictor_num_heads,
+            mlp_ratio,
+        )
         self._graphs = sampling.Graphs()
 
     def _rotate(self, time: torch.Tensor):
@@ -124,18 +122,8 @@ class DeltaWorld(World):
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The training pass from delta tokens (B,T,D): (prediction, target), each (B,T-1,D). See :meth:`forward`."""
-        batch, total = tokens.shape[:2]
         past, target = tokens[:, :-1], tokens[:, 1:]
-        if self.use_bom:
-            if queries is None:
-                portions = self._candidate_noise(batch, total - 1, tokens, generator)
-            else:
-                count = queries.shape[2] if isinstance(queries, torch.Tensor) and queries.ndim == 4 else -1
-                self._check_queries(queries, (batch, total - 1, count), "(B,T-1,K,D)")
-                portions = (queries,)
-            best = self._best_queries(portions, lambda q: self._predict(past, timestamps, q, head=False), target, criterion, 1)
-        else:
-            best = table(self.q_embed, 1, tokens.device).expand(batch, total - 1, -1)
+        best = self._training_queries(lambda q: self._predict(past, timestamps, q, head=False), target, criterion, queries, generator)
         return self.predict(past, timestamps, best.unsqueeze(2)).squeeze(2), target
 
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
@@ -150,61 +138,32 @@ class DeltaWorld(World):
         own = tokens.new_empty((tokens.shape[0], samples, 0, tokens.shape[2]))
         return {"y": y, "rope": rope, "tokens": tokens, "own": own, "x": x, "context": None, "own_kv": None, "weights": None}
 
-    @one_call
-    def rollout_step(
-        self,
-        state: dict[str, Any],
-        tgt_frame_idx: int,
-        timestamps: torch.Tensor,
-        *,
-        queries: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Predicts frame ``tgt_frame_idx`` for every sample: (features (B*S,N,D), target (B,N,D), state).
+    def _frames_known(self, state: dict[str, Any]) -> int:
+        return state["tokens"].shape[1] + state["own"].shape[2]
 
-        Args:
-            state: of :meth:`rollout_init` or of the step before.
-            tgt_frame_idx: index of the frame; context and generated tokens must be those of all frames before it.
-            timestamps: (B,T) seconds.
-            queries: (B,S,D) noise, instead of drawing it.
-            generator: draws the noise.
-
-        Raises:
-            ValueError: another frame than the next, shapes. StaleCacheError: the predictor's weights changed since the first step.
-        """
+    def _step(self, state: dict[str, Any], q: torch.Tensor, frame: int, timestamps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         tokens, own = state["tokens"], state["own"]
-        batch, context = tokens.shape[:2]
-        samples, generated = own.shape[1:3]
-        if tgt_frame_idx != context + generated:
-            raise ValueError(f"tgt_frame_idx must be {context + generated}, the next frame of this state, got {tgt_frame_idx}")
-        q = self._step_queries(batch, queries, tokens, generator)
-        q_time = timestamps[:, tgt_frame_idx : tgt_frame_idx + 1]
+        batch, samples, generated = own.shape[:3]
+        q_time = timestamps[:, frame : frame + 1]
         if self.savings.context_cache:
             cached, own_kv = state["context"], state["own_kv"]
             if cached is None:
-                cached = self.predictor.keys_values(tokens, self._rotate(timestamps[:, :context]))
-            weights = self._same_weights(state["weights"])
+                cached = self.predictor.keys_values(tokens, self._rotate(timestamps[:, : tokens.shape[1]]))
             if generated:
-                own_kv = self._append(own_kv, own[:, :, -1], timestamps[:, tgt_frame_idx - 1 : tgt_frame_idx])
+                fresh = self.predictor.keys_values(own[:, :, -1], self._rotate(timestamps[:, frame - 1 : frame]))
+                fresh = [(k[:, :, None], v[:, :, None]) for k, v in fresh]
+                own_kv = fresh if own_kv is None else behind(own_kv, fresh, 2)
             mix = [self._mix(q_time, own=kv) for kv in own_kv] if own_kv else self._mix(q_time)
             predicted = self.predictor(q, cached, None, mix)
-            state = {**state, "context": cached, "own_kv": own_kv, "weights": weights}
+            state = {**state, "context": cached, "own_kv": own_kv}
         else:
             memory = torch.cat((tokens[:, None].expand(-1, samples, -1, -1), own), 2).flatten(0, 1)
-            times = timestamps[:, None].expand(-1, samples, -1).flatten(0, 1)
-            rotate, mix = self._rotate(times[:, :tgt_frame_idx]), self._mix(times[:, tgt_frame_idx : tgt_frame_idx + 1])
+            times = timestamps.repeat_interleave(samples, 0)
+            rotate, mix = self._rotate(times[:, :frame]), self._mix(times[:, frame : frame + 1])
             predicted = self.predictor(q.flatten(0, 1)[:, None], memory, rotate, mix).view(batch, samples, -1)
         features = self.tokenizer.decode(predicted.flatten(0, 1)[:, None], state["x"], state["rope"])
         appended = torch.cat((own, predicted.detach()[:, :, None].to(own.dtype)), 2)
-        return features, state["y"][:, tgt_frame_idx], {**state, "own": appended, "x": features.detach()}
-
-    def _append(self, own_kv, token: torch.Tensor, time: torch.Tensor):
-        """Keys and values of one more generated token a sample, (B,S,D) at times (B,1), behind those that there are."""
-        fresh = self.predictor.keys_values(token, self._rotate(time))
-        fresh = [(k[:, :, None], v[:, :, None]) for k, v in fresh]
-        if own_kv is None:
-            return fresh
-        return [(torch.cat((k0, k), 2), torch.cat((v0, v), 2)) for (k0, v0), (k, v) in zip(own_kv, fresh, strict=True)]
+        return features, {**state, "own": appended, "x": features.detach()}
 
     @torch.no_grad()
     @one_call

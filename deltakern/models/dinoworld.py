@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from deltakern.models.deltatok import Savings
+from deltakern.models.predictor import Predictor
 from deltakern.models.validate import check_frames
-from deltakern.models.world import World, axis_angles, rotate_axes
+from deltakern.models.world import World, axis_angles, behind, rotate_axes
 from deltakern.nn import Residual, attend
-from deltakern.nn.weights import hold, one_call, table
+from deltakern.nn.weights import hold
 
 
 class DINOWorld(World):
@@ -50,23 +51,20 @@ class DINOWorld(World):
     ) -> None:
         if len(rope_axis_sizes) != 3:
             raise ValueError(f"rope_axis_sizes must name three axes, time, x and y, got {tuple(rope_axis_sizes)}")
-        super().__init__(
-            backbone,
-            rope_axis_sizes=rope_axis_sizes,
-            predictor_hidden_size=predictor_hidden_size,
-            predictor_num_hidden_layers=predictor_num_hidden_layers,
-            predictor_num_heads=predictor_num_heads,
-            use_bom=use_bom,
-            num_samples_train=num_samples_train,
-            num_samples_eval=num_samples_eval,
-            layer_scale_init=layer_scale_init,
-            rope_unrotated_size=rope_unrotated_size,
-            mlp_ratio=mlp_ratio,
-            savings=savings,
-            candidate_chunk=candidate_chunk,
-        )
+        super().__init__(backbone, predictor_hidden_size, use_bom, num_samples_train, num_samples_eval, savings, candidate_chunk)
+        self.rope_axis_sizes = tuple(rope_axis_sizes)
         self.backbone = hold(backbone)
-        self.predictor = self._make_predictor()
+        self.predictor = Predictor(
+            backbone.hidden_size,
+            self.initializer_range,
+            rope_axis_sizes,
+            rope_unrotated_size,
+            layer_scale_init,
+            predictor_hidden_size,
+            predictor_num_hidden_layers,
+            predictor_num_heads,
+            mlp_ratio,
+        )
 
     def _features(self, frames: torch.Tensor) -> torch.Tensor:
         check_frames(frames, self.backbone.patch_size)
@@ -112,17 +110,10 @@ class DINOWorld(World):
 
     def _forward_train(self, frames, timestamps, criterion, queries, generator) -> tuple[torch.Tensor, torch.Tensor]:
         y = self._features(frames)
-        batch, total = y.shape[:2]
         past, target = y[:, :-1].flatten(1, 2), y[:, 1:]
-        if self.use_bom:
-            if queries is None:
-                portions = self._candidate_noise(batch, total - 1, y, generator)
-            else:
-                self._check_queries(queries, (batch, total - 1, queries.shape[2] if queries.ndim == 4 else -1), "(B,T-1,K,D)")
-                portions = (queries,)
-            best = self._best_queries(portions, lambda q: self._predict(frames, past, timestamps, q, head=False), target, criterion, 2)
-        else:
-            best = table(self.q_embed, 1, y.device).expand(batch, total - 1, -1)
+        best = self._training_queries(
+            lambda q: self._predict(frames, past, timestamps, q, head=False), target, criterion, queries, generator
+        )
         return self._predict(frames, past, timestamps, best[:, :, None])[:, :, 0], target
 
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
@@ -139,44 +130,26 @@ class DINOWorld(World):
             "weights": None,
         }
 
-    @one_call
-    def rollout_step(
-        self,
-        state: dict[str, Any],
-        tgt_frame_idx: int,
-        timestamps: torch.Tensor,
-        *,
-        queries: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Predicts frame ``tgt_frame_idx`` for every sample: (features (B*S,N,D), target (B,N,D), state). See DeltaWorld."""
+    def _frames_known(self, state: dict[str, Any]) -> int:
+        return (state["tokens"].shape[1] + state["own"].shape[1]) // state["y"].shape[2]
+
+    def _step(self, state: dict[str, Any], q: torch.Tensor, frame: int, timestamps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         frames, tokens, own, samples = state["frames"], state["tokens"], state["own"], self.num_samples
-        batch, patches = tokens.shape[0], state["y"].shape[2]
-        context, generated = tokens.shape[1] // patches, own.shape[1] // patches
-        if tgt_frame_idx != context + generated:
-            raise ValueError(f"tgt_frame_idx must be {context + generated}, the next frame of this state, got {tgt_frame_idx}")
-        times = timestamps[:, None].expand(-1, samples, -1).flatten(0, 1)
+        patches = state["y"].shape[2]
+        context = tokens.shape[1] // patches
+        times = timestamps.repeat_interleave(samples, 0)
         cached, own_kv = state["context"], state["own_kv"]
         if cached is None or not self.savings.context_cache:
             cached = self.predictor.keys_values(tokens, self._rotate(frames, timestamps[:, :context]))
-            own_kv = self.predictor.keys_values(own, self._rotate(frames, times[:, context:tgt_frame_idx]))
-        elif generated:
-            fresh = self.predictor.keys_values(own[:, -patches:], self._rotate(frames, times[:, tgt_frame_idx - 1 : tgt_frame_idx]))
-            own_kv = _behind(own_kv, fresh)
-        weights = self._same_weights(state["weights"] if self.savings.context_cache else None)
-        memory = _behind([tuple(t.repeat_interleave(samples, 0) for t in kv) for kv in cached], own_kv)
-        q_time = times[:, tgt_frame_idx : tgt_frame_idx + 1]
-        q = self._step_queries(batch, queries, tokens, generator).flatten(0, 1)[:, None].expand(-1, patches, -1)
+            own_kv = self.predictor.keys_values(own, self._rotate(frames, times[:, context:frame]))
+        elif own.shape[1]:
+            own_kv = behind(own_kv, self.predictor.keys_values(own[:, -patches:], self._rotate(frames, times[:, frame - 1 : frame])), 1)
+        memory = behind([tuple(t.repeat_interleave(samples, 0) for t in kv) for kv in cached], own_kv, 1)
+        q = q.flatten(0, 1)[:, None].expand(-1, patches, -1)
 
         def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attend(self._rotated_queries(q, frames, q_time, 1)[:, 0], k, v)
+            return attend(self._rotated_queries(q, frames, times[:, frame : frame + 1], 1)[:, 0], k, v)
 
         features = self.predictor(q, memory, None, mix)
         appended = torch.cat((own, features.detach().to(own.dtype)), 1)
-        state = {**state, "own": appended, "context": cached, "own_kv": own_kv, "weights": weights}
-        return features, state["y"][:, tgt_frame_idx], state
-
-
-def _behind(past, fresh):
-    """Keys and values of every block, those of ``fresh`` behind those of ``past``."""
-    return [tuple(torch.cat(pair, 1) for pair in zip(a, b, strict=True)) for a, b in zip(past, fresh, strict=True)]
+        return features, {**state, "own": appended, "context": cached, "own_kv": own_kv}

@@ -11,14 +11,14 @@ from torch import nn
 
 from deltakern import ops
 from deltakern.models.deltatok import Savings
-from deltakern.models.predictor import Predictor
+from deltakern.models.predictor import KeysValues
 from deltakern.models.validate import check_frames, check_positive, check_timestamps
 from deltakern.nn import Residual, StaleCacheError
 from deltakern.nn.product import ROWS_ONE_CALL
 from deltakern.nn.weights import Freezable, Snapshot, one_call, outside, table
 from deltakern.ops.context_attention import temporal_angles as axis_angles  # the same formula on every axis
 
-__all__ = ["World", "axis_angles", "loss_name", "rotate_axes"]
+__all__ = ["World", "axis_angles", "behind", "loss_name", "rotate_axes"]
 
 NOISE_DRAW = 256
 """Candidates whose noise is drawn at once in training: the release's number, so that its draw is this one for the same seed."""
@@ -50,6 +50,11 @@ def rotate_axes(x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat((*turned, rest), -1).to(x.dtype)
 
 
+def behind(past: list[KeysValues], fresh: list[KeysValues], dim: int) -> list[KeysValues]:
+    """Keys and values of every block, those of ``fresh`` behind those of ``past``."""
+    return [(torch.cat((k0, k), dim), torch.cat((v0, v), dim)) for (k0, v0), (k, v) in zip(past, fresh, strict=True)]
+
+
 def loss_name(criterion: nn.Module | None) -> dict[str, Any] | None:
     """The arguments of ``ops.best_of_n`` that mean ``criterion`` (elementwise, reduction "none"); None if it has no name there."""
     if getattr(criterion, "reduction", "none") != "none":
@@ -66,36 +71,25 @@ def loss_name(criterion: nn.Module | None) -> dict[str, Any] | None:
 
 
 class World(Freezable, ABC):
-    """Base of the world models. Subclasses say how queries meet the past."""
+    """Base of the world models. Subclasses say how queries meet the past, and have the ``predictor``."""
 
     def __init__(
         self,
         backbone: nn.Module,
-        *,
-        rope_axis_sizes: tuple[int, ...],
         predictor_hidden_size: int,
-        predictor_num_hidden_layers: int,
-        predictor_num_heads: int,
         use_bom: bool,
         num_samples_train: int,
         num_samples_eval: int,
-        layer_scale_init: float,
-        rope_unrotated_size: int,
-        mlp_ratio: int,
         savings: Savings | None,
         candidate_chunk: int,
     ) -> None:
         super().__init__()
         check_positive(
             predictor_hidden_size=predictor_hidden_size,
-            predictor_num_hidden_layers=predictor_num_hidden_layers,
-            predictor_num_heads=predictor_num_heads,
             num_samples_train=num_samples_train,
             num_samples_eval=num_samples_eval,
-            mlp_ratio=mlp_ratio,
             candidate_chunk=candidate_chunk,
         )
-        self.rope_axis_sizes = tuple(rope_axis_sizes)
         self.predictor_hidden_size = predictor_hidden_size
         self.use_bom = use_bom
         self.num_samples_train = num_samples_train
@@ -106,20 +100,6 @@ class World(Freezable, ABC):
         if not use_bom:
             self.q_embed = nn.Embedding(1, predictor_hidden_size)
             nn.init.trunc_normal_(self.q_embed.weight, std=self.initializer_range)
-        self._predictor_arguments = (
-            backbone.hidden_size,
-            backbone.initializer_range,
-            tuple(rope_axis_sizes),
-            rope_unrotated_size,
-            layer_scale_init,
-            predictor_hidden_size,
-            predictor_num_hidden_layers,
-            predictor_num_heads,
-            mlp_ratio,
-        )
-
-    def _make_predictor(self) -> Predictor:
-        return Predictor(*self._predictor_arguments)
 
     @property
     def num_samples(self) -> int:
@@ -190,10 +170,9 @@ class World(Freezable, ABC):
         if tuple(queries.shape) != expected:
             raise ValueError(f"queries must be {layout} = {expected}, got a tensor of shape {tuple(queries.shape)}")
 
-    def _step_queries(
-        self, batch: int, queries: torch.Tensor | None, like: torch.Tensor, generator: torch.Generator | None
-    ) -> torch.Tensor:
-        """(B,S,D) queries of one rollout step: given, drawn, or the learned one."""
+    def _step_queries(self, queries: torch.Tensor | None, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """(B,S,D) queries of one rollout step: given, drawn, or the learned one; ``like`` is (B,...)."""
+        batch = like.shape[0]
         if queries is not None:
             self._check_queries(queries, (batch, self.num_samples), "(B,S,D)")
             return queries
@@ -229,6 +208,26 @@ class World(Freezable, ABC):
             fitting = CPU_BYTES // (4 * self.predictor.blocks[0].mlp.hidden * rows)
             most = max(1, min(most, max(fitting, -(-ROWS_ONE_CALL // rows))))
         return -(-count // -(-count // most))  # equal parts
+
+    def _training_queries(
+        self,
+        run: Callable[[torch.Tensor], Residual],
+        target: torch.Tensor,
+        criterion: nn.Module,
+        queries: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """(B,G,D) queries that a training pass predicts with: the best of those given or drawn, or the learned one."""
+        batch, groups = target.shape[:2]
+        if not self.use_bom:
+            return table(self.q_embed, 1, target.device).expand(batch, groups, -1)
+        if queries is None:
+            portions = self._candidate_noise(batch, groups, target, generator)
+        else:
+            count = queries.shape[2] if isinstance(queries, torch.Tensor) and queries.ndim == 4 else -1
+            self._check_queries(queries, (batch, groups, count), "(B,T-1,K,D)")
+            portions = (queries,)
+        return self._best_queries(portions, run, target, criterion, target.ndim - 2)
 
     @torch.no_grad()
     def _best_queries(
@@ -286,7 +285,7 @@ class World(Freezable, ABC):
     @abstractmethod
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]: ...
 
-    @abstractmethod
+    @one_call
     def rollout_step(
         self,
         state: dict[str, Any],
@@ -295,4 +294,31 @@ class World(Freezable, ABC):
         *,
         queries: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Predicts frame ``tgt_frame_idx`` for every sample: (features (B*S,N,D), target (B,N,D), state).
+
+        Args:
+            state: of :meth:`rollout_init` or of the step before.
+            tgt_frame_idx: index of the frame; context and generated tokens must be those of all frames before it.
+            timestamps: (B,T) seconds.
+            queries: (B,S,D) noise, instead of drawing it.
+            generator: draws the noise.
+
+        Raises:
+            ValueError: another frame than the next, shapes. StaleCacheError: the predictor's weights changed since the first step.
+        """
+        if tgt_frame_idx != (known := self._frames_known(state)):
+            raise ValueError(f"tgt_frame_idx must be {known}, the next frame of this state, got {tgt_frame_idx}")
+        q = self._step_queries(queries, state["tokens"], generator)
+        if self.savings.context_cache:
+            state = {**state, "weights": self._same_weights(state["weights"])}
+        features, state = self._step(state, q, known, timestamps)
+        return features, state["y"][:, known], state
+
+    @abstractmethod
+    def _frames_known(self, state: dict[str, Any]) -> int:
+        """Frames of a rollout's context and those generated."""
+
+    @abstractmethod
+    def _step(self, state: dict[str, Any], q: torch.Tensor, frame: int, timestamps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Features and state of :meth:`rollout_step`, with queries (B,S,D)."""
