@@ -11,7 +11,7 @@ from deltakern import ops
 from deltakern.models import sampling
 from deltakern.models.deltatok import DeltaTok, Savings
 from deltakern.models.predictor import Predictor
-from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
+from deltakern.models.sampling import MEMORY_BUDGET, Futures, Which
 from deltakern.models.stream import Stream
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.models.world import World, axis_angles, behind, rotate_axes
@@ -207,24 +207,22 @@ class DeltaWorld(World):
         if not isinstance(z, torch.Tensor) or z.ndim != 3 or z.shape[1] == 0 or z.shape[2] != self.backbone.hidden_size:
             got = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
             raise ValueError(f"z must be (B,C,D) delta tokens with C at least 1 and D={self.backbone.hidden_size}, got {got}")
-        num_samples = self.num_samples if num_samples is None else num_samples
-        check_positive(horizon=horizon, num_samples=num_samples, memory_budget=memory_budget)
+        check_positive(horizon=horizon)
         batch, context = z.shape[:2]
         sampling.check_times(timestamps, (batch, context + horizon), "(B,C+h)")
         sampling.warn_of_long_context(context)
-        timestamps = timestamps.to(z.device)
-        shape = (batch, num_samples, horizon)
-        plan = NoisePlan(self, shape, z, queries=queries, generator=generator, seed=seed, noise=noise)
         return sampling.sample(
             self,
-            self.predictor.project(z),
-            timestamps[:, :context],
-            timestamps[:, context:],
-            num_samples,
-            plan,
             z,
+            self.predictor.project(z),
+            timestamps.to(z.device),
+            num_samples,
             memory_budget=memory_budget,
             cuda_graph=cuda_graph,
+            queries=queries,
+            generator=generator,
+            seed=seed,
+            noise=noise,
         )
 
     @torch.no_grad()
@@ -302,11 +300,9 @@ class DeltaWorld(World):
         check_frames(frames, self.backbone.patch_size)
         check_positive(horizon=horizon)
         sampling.check_times(timestamps, (frames.shape[0], frames.shape[1] + horizon), "(B,C+h)")
-        features = self.tokenizer.features(frames)
-        rope = self.tokenizer._rope(frames)
-        context = self.tokenizer.tokenize_offline(self.tokenizer.black_features(frames), features, rope).squeeze(2)
+        state = self.rollout_init(frames, frames.shape[1])
         tokens = self.sample(
-            context,
+            state["tokens"],
             timestamps,
             horizon,
             num_samples,
@@ -317,8 +313,8 @@ class DeltaWorld(World):
             memory_budget=memory_budget,
             cuda_graph=cuda_graph,
         )
-        last, size = features[:, -1].clone(), tuple(frames.shape[-2:])
-        return self._futures(tokens, last, size, timestamps[:, -horizon:], context, decode, memory_budget)
+        last, size = state["y"][:, -1].clone(), tuple(frames.shape[-2:])
+        return self._futures(tokens, last, size, timestamps[:, -horizon:], state["tokens"], decode, memory_budget)
 
     def _futures(self, tokens, last, size, times, context, which: Which, memory_budget: int) -> Futures:
         """Decodes what ``which`` names."""

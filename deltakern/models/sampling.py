@@ -23,7 +23,7 @@ from torch import nn
 
 from deltakern import backend, ops
 from deltakern.models.noise import KINDS, IndexedNoise
-from deltakern.models.validate import check_positive
+from deltakern.models.validate import check_floating, check_positive
 from deltakern.nn.block import all_plain
 from deltakern.nn.weights import Derived, Snapshot, calling, check_once, dtype_for, outside, store_of, table
 
@@ -67,16 +67,13 @@ class Futures:
 
 def check_times(timestamps: torch.Tensor, shape: tuple[int, int], layout: str) -> None:
     """Timestamps must be floating, (B, C+h), finite, and must not go backwards."""
-    if not isinstance(timestamps, torch.Tensor) or not timestamps.is_floating_point():
-        got = timestamps.dtype if isinstance(timestamps, torch.Tensor) else type(timestamps).__name__
-        raise TypeError(f"timestamps must be a floating tensor {layout} of seconds, got {got}")
-    if tuple(timestamps.shape) != shape:
-        raise ValueError(f"timestamps must be {layout} = {shape}, got a tensor of shape {tuple(timestamps.shape)}")
-    if bool((timestamps.diff(dim=1) >= 0).all()) and bool(timestamps.isfinite().all()):
-        return
+    check_floating("timestamps", timestamps, layout, shape, of=" of seconds")
     if not bool(timestamps.isfinite().all()):
         raise ValueError("timestamps must be finite seconds, got NaN or infinity")
-    clip, place = (timestamps.diff(dim=1) < 0).nonzero()[0].tolist()
+    backwards = (timestamps.diff(dim=1) < 0).nonzero()
+    if not len(backwards):
+        return
+    clip, place = backwards[0].tolist()
     earlier, later = timestamps[clip, place : place + 2].tolist()
     raise ValueError(f"timestamps must not go backwards, got {later:g} s after {earlier:g} s at index {place + 1} of clip {clip}")
 
@@ -108,47 +105,39 @@ def _slice(part: range) -> slice:
     return slice(part.start, part.stop)
 
 
-class NoisePlan:
-    """Where a rollout's queries come from: given, drawn as the release draws them, by seed and index, or learned."""
-
-    def __init__(
-        self,
-        world: DeltaWorld,
-        shape: tuple[int, int, int],
-        like: torch.Tensor,
-        *,
-        queries: torch.Tensor | None,
-        generator: torch.Generator | None,
-        seed: int | None,
-        noise: str,
-    ) -> None:
-        given = [name for name, value in (("queries", queries), ("generator", generator), ("seed", seed)) if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"queries, generator and seed are three ways to the noise, got {' and '.join(given)}")
-        if noise not in KINDS:
-            raise ValueError(f"noise must be one of {KINDS}, got {noise!r}")
-        if noise != "normal" and seed is None:
-            raise ValueError(f"noise={noise!r} is drawn by seed and sample index and needs seed=, got None")
-        batch, samples, horizon = shape
-        self._indexed, self._whole, self._like, self._horizon = None, None, like, horizon
-        if queries is not None:
-            world._check_queries(queries, shape, "(B,S,h,D)")
-            self._whole = queries
-        elif not world.use_bom:
-            if given:
-                raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
-            self._whole = table(world.q_embed, 1, like.device).expand(batch, samples, horizon, -1)
-        elif seed is not None:
-            self._indexed = IndexedNoise(seed, world.predictor_hidden_size, world.initializer_range, noise)
-        else:  # one draw a step, as in the release
-            steps = [world.noise(batch, samples, 1, device=like.device, dtype=like.dtype, generator=generator) for _ in range(horizon)]
-            self._whole = steps[0] if horizon == 1 else torch.cat(steps, 2)
-
-    def __call__(self, clips: range, samples: range) -> torch.Tensor:
-        """(b,s,h,D) for a portion."""
-        if self._indexed is not None:
-            return self._indexed.draw(clips, samples, self._horizon, device=self._like.device).to(self._like.dtype)
-        return self._whole[_slice(clips), _slice(samples)]
+def noise_source(
+    world: DeltaWorld,
+    shape: tuple[int, int, int],
+    like: torch.Tensor,
+    *,
+    queries: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    noise: str = "normal",
+) -> Callable[[range, range], torch.Tensor]:
+    """A rollout's queries (b,s,h,D) by clips and samples: given, drawn as the release draws them, by seed and index, or learned."""
+    given = [name for name, value in (("queries", queries), ("generator", generator), ("seed", seed)) if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"queries, generator and seed are three ways to the noise, got {' and '.join(given)}")
+    if noise not in KINDS:
+        raise ValueError(f"noise must be one of {KINDS}, got {noise!r}")
+    if noise != "normal" and seed is None:
+        raise ValueError(f"noise={noise!r} is drawn by seed and sample index and needs seed=, got None")
+    batch, samples, horizon = shape
+    if queries is not None:
+        world._check_queries(queries, shape, "(B,S,h,D)")
+        whole = queries
+    elif not world.use_bom:
+        if given:
+            raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
+        whole = table(world.q_embed, 1, like.device).expand(batch, samples, horizon, -1)
+    elif seed is not None:
+        indexed = IndexedNoise(seed, world.predictor_hidden_size, world.initializer_range, noise)
+        return lambda clips, part: indexed.draw(clips, part, horizon, device=like.device).to(like.dtype)
+    else:  # one draw a step, as in the release
+        steps = [world.noise(batch, samples, 1, device=like.device, dtype=like.dtype, generator=generator) for _ in range(horizon)]
+        whole = torch.cat(steps, 2)
+    return lambda clips, part: whole[_slice(clips), _slice(part)]
 
 
 def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -300,34 +289,35 @@ def _sample_bytes(world: DeltaWorld, memory: torch.Tensor, horizon: int) -> int:
 
 def sample(
     world: DeltaWorld,
+    z: torch.Tensor,
     memory: torch.Tensor,
-    context_times: torch.Tensor,
-    times: torch.Tensor,
-    num_samples: int,
-    plan: NoisePlan,
-    like: torch.Tensor,
+    timestamps: torch.Tensor,
+    num_samples: int | None,
     *,
     memory_budget: int,
     cuda_graph: bool,
+    **noise: Any,
 ) -> torch.Tensor:
     """Tokens (B,S,h,D) after a context.
 
     Args:
-        memory: (2,L,B,T,H,d) of ``Predictor.project``.
-        context_times: (B,T); times: (B,h).
-        plan: the noise.
-        like: a tensor of the result's dtype.
+        z: (B,T,D) delta tokens of the context; memory: (2,L,B,T,H,d) of them, as ``Predictor.project`` makes it.
+        timestamps: (B,T+h) seconds.
+        noise: as :func:`noise_source` takes it.
     """
-    keys, values = world._rotate(context_times)(memory[0]), memory[1]
-    batch, horizon = times.shape
-    tokens = like.new_empty((batch, num_samples, horizon, world.backbone.hidden_size))
-    at_once = memory_budget // _sample_bytes(world, memory, horizon)
+    num_samples = world.num_samples if num_samples is None else num_samples
+    check_positive(num_samples=num_samples, memory_budget=memory_budget)
+    batch, context = z.shape[:2]
+    times = timestamps[:, context:]
+    tokens = z.new_empty((batch, num_samples, times.shape[1], world.backbone.hidden_size))
+    draw = noise_source(world, tuple(tokens.shape[:3]), z, **noise)
+    keys, values = world._rotate(timestamps[:, :context])(memory[0]), memory[1]
+    at_once = memory_budget // _sample_bytes(world, memory, times.shape[1])
     captured = cuda_graph and captures(memory.device) and world._graphs.fit(world)
     for clips, samples in portions(batch, num_samples, at_once):
         some = _slice(clips)
-        inputs = (keys[:, some], values[:, some], times[some], plan(clips, samples))
-        done = world._graphs.run(world, inputs) if captured else _steps(world, *inputs)
-        tokens[some, _slice(samples)] = done
+        inputs = (keys[:, some], values[:, some], times[some], draw(clips, samples))
+        tokens[some, _slice(samples)] = world._graphs.run(world, inputs) if captured else _steps(world, *inputs)
     return tokens
 
 

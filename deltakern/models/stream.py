@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deltakern.models import sampling
-from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
+from deltakern.models.sampling import MEMORY_BUDGET, Futures, Which
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.nn.weights import Derived, Snapshot, StaleCacheError, calling, outside
 
@@ -78,10 +79,11 @@ class Stream:
         self._derived: Derived | None = None
         self._count = 0
         self._size: tuple[int, int] | None = None
-        self._features: list[torch.Tensor] = []  # (1,N,D) each: the last frame's, or the window's with first="black"
-        self._tokens: list[torch.Tensor] = []  # (1,1,D) each
-        self._projected: list[torch.Tensor] = []  # (2,L,1,1,H,d) each, keys not rotated
-        self._times: list[float] = []
+        # (1,N,D) each: the last frame's, or the window's with first="black"
+        self._features: deque[torch.Tensor] = deque(maxlen=self.context if self.first == "black" else 1)
+        self._tokens: deque[torch.Tensor] = deque(maxlen=self.context)  # (1,1,D) each
+        self._projected: deque[torch.Tensor] = deque(maxlen=self.context)  # (2,L,1,1,H,d) each, keys not rotated
+        self._times: deque[float] = deque(maxlen=self.context)
         self._anchor: tuple[torch.Tensor, torch.Tensor] | None = None  # token and projection of the first frame against black
 
     def __len__(self) -> int:
@@ -134,12 +136,10 @@ class Stream:
         token = tokenizer.encode(before, features, tokenizer._rope(frames))
         projected = self.world.predictor.project(token)
         self._size = size  # nothing is kept of a frame until all is computed
-        self._features = [*self._features[1 - self.context :], features] if self.first == "black" and self.context > 1 else [features]
+        self._features.append(features)
         self._tokens.append(token)
         self._projected.append(projected)
         self._times.append(time)
-        for kept in (self._tokens, self._projected, self._times):
-            del kept[: -self.context]
         self._anchor = None
         self._count += 1
         return token[:, 0]
@@ -170,27 +170,24 @@ class Stream:
             ValueError: timestamps that go backwards, also from the last frame's; noise arguments.
         """
         tokens, projected = self._window()
-        world = self.world
         times = torch.as_tensor(timestamps, dtype=torch.float64).reshape(-1)
-        num_samples = world.num_samples if num_samples is None else num_samples
-        check_positive(num_samples=num_samples, memory_budget=memory_budget)
         if times.numel() == 0:
             raise ValueError("timestamps must hold at least one frame to predict, got none")
         every = torch.cat((torch.tensor(self._times, dtype=torch.float64), times.cpu()))[None]
         sampling.check_times(every, (1, every.numel()), "(1,C+h)")
         relative = (every - self._times[-1]).to(device=tokens.device, dtype=torch.promote_types(tokens.dtype, torch.float32))
-        shape = (1, num_samples, times.numel())
-        plan = NoisePlan(world, shape, tokens, queries=queries, generator=generator, seed=seed, noise=noise)
         return sampling.sample(
-            world,
-            projected,
-            relative[:, : len(self._times)],
-            relative[:, len(self._times) :],
-            num_samples,
-            plan,
+            self.world,
             tokens,
+            projected,
+            relative,
+            num_samples,
             memory_budget=memory_budget,
             cuda_graph=self.cuda_graph,
+            queries=queries,
+            generator=generator,
+            seed=seed,
+            noise=noise,
         )
 
     @_guarded
@@ -247,12 +244,12 @@ class Stream:
         """Tokens (1,C,D) and their projection (2,L,1,C,H,d)."""
         if self._count == 0:
             raise RuntimeError("no frame was pushed yet; push at least one before sampling")
-        tokens, projected = self._tokens, self._projected
+        tokens, projected = list(self._tokens), list(self._projected)
         if self.first == "black" and self._count > self.context:
             if self._anchor is None:
                 tokenizer, world = self.world.tokenizer, self.world
                 like = torch.empty((), dtype=torch.uint8, device=tokens[0].device).expand(1, 1, 3, *self._size)
                 token = tokenizer.encode(tokenizer.black_features(like), self._features[0], tokenizer._rope(like))
                 self._anchor = token, world.predictor.project(token)
-            tokens, projected = [self._anchor[0], *tokens[1:]], [self._anchor[1], *projected[1:]]
+            tokens[0], projected[0] = self._anchor
         return torch.cat(tokens, 1), torch.cat(projected, 3)

@@ -12,7 +12,7 @@ from torch import nn
 from deltakern import ops
 from deltakern.models.deltatok import Savings
 from deltakern.models.predictor import KeysValues
-from deltakern.models.validate import check_frames, check_positive, check_timestamps
+from deltakern.models.validate import check_floating, check_frames, check_positive
 from deltakern.nn import Residual, StaleCacheError
 from deltakern.nn.product import ROWS_ONE_CALL
 from deltakern.nn.weights import Freezable, Snapshot, one_call, outside, table
@@ -141,7 +141,7 @@ class World(Freezable, ABC):
             ValueError: shapes, ctx_len, a criterion that is missing or reduces. TypeError: dtypes.
         """
         check_frames(frames, self.backbone.patch_size, least=2)
-        check_timestamps(timestamps, frames)
+        check_floating("timestamps", timestamps, "(B,T)", tuple(frames.shape[:2]), of=" of seconds", like=" as the frames")
         if self.training:
             if self.use_bom and criterion is None:
                 raise ValueError("criterion must be an elementwise loss for best-of-many training, got None")
@@ -163,12 +163,7 @@ class World(Freezable, ABC):
         return torch.stack(predictions, 2), torch.stack(targets, 1), state["y"][:, :ctx_len]
 
     def _check_queries(self, queries: torch.Tensor, leading: tuple[int, ...], layout: str) -> None:
-        expected = (*leading, self.predictor_hidden_size)
-        if not isinstance(queries, torch.Tensor) or not queries.is_floating_point():
-            got = queries.dtype if isinstance(queries, torch.Tensor) else type(queries).__name__
-            raise TypeError(f"queries must be a floating tensor {layout}, got {got}")
-        if tuple(queries.shape) != expected:
-            raise ValueError(f"queries must be {layout} = {expected}, got a tensor of shape {tuple(queries.shape)}")
+        check_floating("queries", queries, layout, (*leading, self.predictor_hidden_size))
 
     def _step_queries(self, queries: torch.Tensor | None, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """(B,S,D) queries of one rollout step: given, drawn, or the learned one; ``like`` is (B,...)."""
