@@ -11,10 +11,11 @@ out stays as it is in the model. Everything else must fit exactly, or one :class
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,15 +48,24 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _HEAD = 64  # channels of a head in every released model
 _FOREIGN = (
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"BZh", "a bzip2 archive"),
-    (b"\xfd7zXZ", "an xz archive"),
-    (b"\x28\xb5\x2f\xfd", "a zstandard archive"),
-    (b"version https://git-lfs", "a Git LFS pointer, the file itself was not downloaded"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x93NUMPY", "a NumPy array"),
+    (rb"\x1f\x8b", "a gzip archive"),
+    (rb"BZh", "a bzip2 archive"),
+    (rb"\xfd7zXZ", "an xz archive"),
+    (rb"\x28\xb5\x2f\xfd", "a zstandard archive"),
+    (rb"version https://git-lfs", "a Git LFS pointer, the file itself was not downloaded"),
+    (rb"GGUF", "a GGUF file"),
+    (rb"\x89HDF", "an HDF5 file"),
+    (rb"\x93NUMPY", "a NumPy array"),
+    (rb"(?s:.{257})ustar", "a tar archive"),
+    (rb"\s*<(?i:!doctype|html|\?xml)", "a web page; the download may have answered with a log-in or error page"),
+    (rb"\s*[{[]", "JSON"),
 )
+_OPTIONAL = {
+    "deltatok": r"backbone(?=\.)",
+    "world": r"(tokenizer\.)?backbone(?=\.)|tokenizer(?=\.)",
+    "rgb_head": r"decoder_pos_embed$",  # a fixed table, rebuilt from its formula where a file lacks it
+}
+"""By kind, what the names of a part begin with that a file may leave out as a whole."""
 
 State = dict[str, torch.Tensor]
 
@@ -146,25 +156,26 @@ def load_into(module: nn.Module, source: str | os.PathLike | Checkpoint | Mappin
             ``strict=False``, if nothing fits.
     """
     source = as_checkpoint(source)
-    target = module.state_dict()
-    names = {_clean(k): k for k in target}
-    shapes = {k: tuple(target[v].shape) for k, v in names.items()}
-    wanted = _kind(names)
-    if strict and wanted != source.kind and "other" not in (wanted, source.kind):
-        raise CheckpointError(f"{source.path}: this is {_KINDS[source.kind]}, expected {_KINDS[wanted]} ({type(module).__name__})")
+    given, kind, name = source.state_dict, source.kind, type(module).__name__
+    places = module.state_dict()
+    own_names = {_clean(k): k for k in places}
+    ours = {k: places[v] for k, v in own_names.items()}
+    wanted = _kind(ours)
+    if strict and wanted != kind and "other" not in (wanted, kind):
+        raise CheckpointError(f"{source.path}: this is {_KINDS[kind]}, expected {_KINDS[wanted]} ({name})")
 
-    given = source.state_dict
-    absent = _left_out(names, given, wanted)
-    unknown = [k for k in given if k not in names]
-    missing = [k for k in names if k not in given and k not in absent]
-    misshaped = [k for k, v in given.items() if k in names and not _fits(v, target[names[k]])]
+    parts = {_part(k, wanted) for k in given} | {None}
+    missing = [k for k in ours if k not in given and _part(k, wanted) in parts]
+    unknown = [k for k in given if k not in ours]
+    misshaped = [k for k, v in given.items() if k in ours and not _fits(v, ours[k])]
     if strict and (unknown or missing or misshaped):
-        raise CheckpointError(_misfit(module, source, shapes, unknown, missing, misshaped, wanted))
-    usable = {names[k]: v for k, v in given.items() if k in names and k not in misshaped}
+        lines = _misfit(source, ours, missing, unknown, misshaped)
+        raise CheckpointError("\n".join((f"{source.path} does not fit {name}:", *lines)))
+    usable = {own_names[k]: v for k, v in given.items() if k in ours and k not in misshaped}
     if not usable:
-        raise CheckpointError(f"{source.path}: {_KINDS[source.kind]}, of which nothing fits {type(module).__name__}")
+        raise CheckpointError(f"{source.path}: {_KINDS[kind]}, of which nothing fits {name}")
     module.load_state_dict(usable, strict=False)
-    return Fit([k for k in names if names[k] not in usable], unknown, misshaped)
+    return Fit([k for k, v in own_names.items() if v not in usable], unknown, misshaped)
 
 
 def save(source: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -186,7 +197,12 @@ def save(source: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike
         raise ValueError(f"path must end in .safetensors or one of {_TORCH_SUFFIXES}, got {path.name!r}")
     if metadata and path.suffix != ".safetensors":
         raise ValueError(f"metadata is stored in .safetensors files alone, got {path.name!r}")
-    tensors = _released_layout(source) if isinstance(source, nn.Module) else dict(source)
+    if isinstance(source, nn.Module):
+        tensors = {_clean(k): v for k, v in source.state_dict().items()}
+        if (kind := _kind(tensors)) in ("deltatok", "world"):
+            tensors = {k: v for k, v in tensors.items() if _part(k, kind) is None}
+    else:
+        tensors = dict(source)
     strangers = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor)]
     if strangers:
         raise ValueError(f"source must map names to tensors, got {type(tensors[strangers[0]]).__name__} under {strangers[0]!r}")
@@ -353,52 +369,38 @@ def _kind(names: Iterable[str]) -> str:
     return "map_head" if {"bn.weight", "head.weight"} <= names else "other"
 
 
-def _group(key: str, kind: str) -> str | None:
-    """The part that a released file of this kind may leave out, to which a name belongs."""
-    if kind == "world":
-        if key.startswith(("backbone.", "tokenizer.backbone.")):
-            return key[: key.index("backbone.")] + "backbone"
-        return "tokenizer" if key.startswith("tokenizer.") else None
-    if kind == "deltatok":
-        return "backbone" if key.startswith("backbone.") else None
-    # A fixed table, rebuilt from its formula where a file lacks it.
-    return key if kind == "rgb_head" and key == "decoder_pos_embed" else None
-
-
-def _left_out(names: Iterable[str], given: Iterable[str], kind: str) -> set[str]:
-    present = {_group(k, kind) for k in given}
-    return {k for k in names if (group := _group(k, kind)) is not None and group not in present}
-
-
-def _released_layout(module: nn.Module) -> State:
-    state = {_clean(k): v for k, v in module.state_dict().items()}
-    kind = _kind(state)
-    return {k: v for k, v in state.items() if kind not in ("deltatok", "world") or _group(k, kind) is None}
+def _part(key: str, kind: str) -> str | None:
+    """The part to which a name belongs and that a released file of this kind may leave out."""
+    found = re.match(_OPTIONAL.get(kind, "$."), key)
+    return found and found[0]
 
 
 def _fits(value: torch.Tensor, place: torch.Tensor) -> bool:
     return value.shape == place.shape and value.is_floating_point() == place.is_floating_point()
 
 
-def _misfit(module, source: Checkpoint, shapes, unknown, missing, misshaped, wanted) -> str:
-    def described(key: str) -> str:
-        value = source.state_dict[key]
+def _misfit(source: Checkpoint, ours: State, missing: list[str], unknown: list[str], misshaped: list[str]) -> Iterator[str]:
+    """The lines of a message on all that does not fit."""
+    theirs = source.state_dict
+
+    def described(value: torch.Tensor) -> str:
         return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else f" {str(value.dtype).removeprefix('torch.')}")
 
-    lines = [f"{source.path} does not fit {type(module).__name__}:"]
-    lines += [f"  missing ({len(missing)}):", *(f"    {k} {shapes[k]}" for k in missing)] if missing else []
-    lines += [f"  unknown ({len(unknown)}):", *(f"    {k} {described(k)}" for k in unknown)] if unknown else []
-    if misshaped:
-        lines += [f"  mis-shaped ({len(misshaped)}):", *(f"    {k}: file {described(k)}, model {shapes[k]}" for k in misshaped)]
-    infer = {"deltatok": infer_deltatok_config, "world": infer_deltaworld_config}.get(wanted)
-    if infer is not None:
-        try:
-            theirs, ours = infer(source.state_dict), infer({_clean(k): v for k, v in module.state_dict().items()})
-        except CheckpointError:  # too little of the model is there to say more
-            theirs = ours = {}
-        differ = [f"{k}={v!r}" for k, v in theirs.items() if ours.get(k) != v]
-        lines += [f"  the file was made with {', '.join(differ)}"] if differ else []
-    return "\n".join(lines)
+    for title, found in (
+        ("missing", [f"{k} {tuple(ours[k].shape)}" for k in missing]),
+        ("unknown", [f"{k} {described(theirs[k])}" for k in unknown]),
+        ("mis-shaped", [f"{k}: file {described(theirs[k])}, model {tuple(ours[k].shape)}" for k in misshaped]),
+    ):
+        if found:
+            yield f"  {title} ({len(found)}):"
+            yield from (f"    {line}" for line in found)
+    infer = {"deltatok": infer_deltatok_config, "world": infer_deltaworld_config}.get(_kind(ours))
+    with contextlib.suppress(CheckpointError):  # too little of the model is there to say more
+        if infer is not None:
+            arguments = infer(ours)
+            differ = [f"{k}={v!r}" for k, v in infer(theirs).items() if arguments.get(k) != v]
+            if differ:
+                yield f"  the file was made with {', '.join(differ)}"
 
 
 def _depth(names: Iterable[str], prefix: str) -> int:
@@ -455,17 +457,7 @@ def _unreadable(problem: Exception, start: bytes) -> str:
 
 
 def _looks_like(start: bytes) -> str:
-    for magic, name in _FOREIGN:
-        if start.startswith(magic):
-            return name
-    if start[257:262] == b"ustar":
-        return "a tar archive"
-    text = start.lstrip()[:64].lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page; the download may have answered with a log-in or error page"
-    if text.startswith((b"{", b"[")):
-        return "JSON"
-    return f"something else (first bytes {start[:8].hex(' ')})"
+    return next((name for pattern, name in _FOREIGN if re.match(pattern, start)), f"something else (first bytes {start[:8].hex(' ')})")
 
 
 def _safetensors_bytes(tensors: State, metadata: dict[str, str]) -> bytes:
@@ -530,18 +522,15 @@ def _from_hub(name: str, local_files_only: bool) -> Path:
             f"{name}: no such file or folder; to fetch it from the Hugging Face hub, pip install 'deltakern[hf]' ({problem})"
         ) from problem
     patterns = ["config.json", "preprocessor_config.json", *_WEIGHT_FILES, *(f"{n}.index.json" for n in _WEIGHT_FILES), "*-of-*"]
+    unreached = "local_files_only=True" if local_files_only else "the hub could not be reached"
+    reasons = {  # the first that fits
+        errors.GatedRepoError: f"access is gated: accept the licence at https://huggingface.co/{name} and log in with `hf auth login`",
+        errors.LocalEntryNotFoundError: f"no such file or folder, and not in the local Hugging Face cache ({unreached})",
+        errors.RepositoryNotFoundError: "no such file or folder, nor a repository on the Hugging Face hub (or one you cannot see)",
+    }
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
-    except errors.GatedRepoError as problem:
-        raise CheckpointError(
-            f"{name}: access is gated: accept the licence at https://huggingface.co/{name} and log in with `hf auth login`"
-        ) from problem
-    except errors.LocalEntryNotFoundError as problem:
-        why = "local_files_only=True" if local_files_only else "the hub could not be reached"
-        raise CheckpointError(f"{name}: no such file or folder, and not in the local Hugging Face cache ({why})") from problem
-    except errors.RepositoryNotFoundError as problem:
-        raise CheckpointError(
-            f"{name}: no such file or folder, nor a repository on the Hugging Face hub (or one you cannot see)"
-        ) from problem
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as problem:
-        raise CheckpointError(f"{name}: could not be fetched from the Hugging Face hub: {problem}") from problem
+    except (*reasons, errors.HfHubHTTPError, errors.HFValidationError, OSError) as problem:
+        other = f"could not be fetched from the Hugging Face hub: {problem}"
+        reason = next((text for kind, text in reasons.items() if isinstance(problem, kind)), other)
+        raise CheckpointError(f"{name}: {reason}") from problem

@@ -37,7 +37,29 @@ def feature_map(features: torch.Tensor, rows: int, columns: int) -> torch.Tensor
     return features.reshape(-1, rows * columns, features.shape[-1]).transpose(1, 2).unflatten(2, (rows, columns))
 
 
-class SegHead(nn.Module):
+class _MapHead(nn.Module):
+    """BatchNorm and a 1x1 convolution, of features (B,D,h,w) to (B,out,h,w)."""
+
+    def __init__(self, in_size: int, out_size: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(in_size)
+        self.head = nn.Conv2d(in_size, out_size, 1)
+
+    def _activations(self, x: torch.Tensor) -> torch.Tensor:
+        _check_map(x, self.bn.num_features)
+        return self.head(self.bn(x))
+
+    @staticmethod
+    def _sizes(source: Source, what: str) -> tuple[checkpoint.Checkpoint, int, int]:
+        """A released file of such a head, its D and its number of outputs."""
+        found = _read(source, "map_head", what)
+        shape = tuple(found.state_dict["head.weight"].shape)
+        if len(shape) != 4:
+            raise checkpoint.CheckpointError(f"{found.path}: head.weight must be (out,D,1,1), got {shape}")
+        return found, shape[1], shape[0]
+
+
+class SegHead(_MapHead):
     """Segmentation: BatchNorm and a 1x1 convolution to logits. Released for VSPW (124 classes) and Cityscapes (19).
 
     Args:
@@ -46,10 +68,8 @@ class SegHead(nn.Module):
     """
 
     def __init__(self, in_size: int, num_classes: int) -> None:
-        super().__init__()
         check_positive(in_size=in_size, num_classes=num_classes)
-        self.bn = nn.BatchNorm2d(in_size)
-        self.head = nn.Conv2d(in_size, num_classes, 1)
+        super().__init__(in_size, num_classes)
 
     @classmethod
     def from_checkpoint(cls, source: Source) -> SegHead:
@@ -58,16 +78,15 @@ class SegHead(nn.Module):
         Raises:
             deltakern.models.checkpoint.CheckpointError: another model's file.
         """
-        found = _read(source, "map_head", "a segmentation head")
-        return _loaded(cls(_in_size(found), found.state_dict["head.weight"].shape[0]), found)
+        found, in_size, classes = cls._sizes(source, "a segmentation head")
+        return _loaded(cls(in_size, classes), found)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (B,D,h,w) to logits (B,classes,h,w); resize these bilinearly to the labels."""
-        _check_map(x, self.bn.num_features)
-        return self.head(self.bn(x))
+        return self._activations(x)
 
 
-class DepthHead(nn.Module):
+class DepthHead(_MapHead):
     """Depth: BatchNorm and a 1x1 convolution to bins of depth, whose normalised activations weigh the bins' depths.
 
     Args:
@@ -77,29 +96,22 @@ class DepthHead(nn.Module):
     """
 
     def __init__(self, in_size: int, min_depth: float, max_depth: float, num_bins: int = 256) -> None:
-        super().__init__()
         check_positive(in_size=in_size, num_bins=num_bins)
         if not 0 <= min_depth < max_depth < math.inf:
             raise ValueError(f"min_depth and max_depth must be 0 <= min_depth < max_depth, got {min_depth} and {max_depth}")
-        self.bn = nn.BatchNorm2d(in_size)
-        self.head = nn.Conv2d(in_size, num_bins, 1)
+        super().__init__(in_size, num_bins)
         self.min_depth = min_depth
         self.max_depth = max_depth
 
     @classmethod
     def from_checkpoint(cls, source: Source, min_depth: float = KITTI_DEPTHS[0], max_depth: float = KITTI_DEPTHS[1]) -> DepthHead:
-        """The head of a released file, in evaluation mode; its sizes are those of the weights, the range of depth is not in the file.
-
-        Raises:
-            deltakern.models.checkpoint.CheckpointError: another model's file.
-        """
-        found = _read(source, "map_head", "a depth head")
-        return _loaded(cls(_in_size(found), min_depth, max_depth, found.state_dict["head.weight"].shape[0]), found)
+        """As :meth:`SegHead.from_checkpoint`; the range of depth is not in the file."""
+        found, in_size, bins = cls._sizes(source, "a depth head")
+        return _loaded(cls(in_size, min_depth, max_depth, bins), found)
 
     def forward(self, x: torch.Tensor, eps: float = 0.1) -> torch.Tensor:
         """Features (B,D,h,w) to depths (B,1,h,w) in metres; ``eps`` is added to every bin's activation."""
-        _check_map(x, self.bn.num_features)
-        weights = self.head(self.bn(x)).relu() + eps
+        weights = self._activations(x).relu() + eps
         depths = torch.linspace(self.min_depth, self.max_depth, self.head.out_channels, device=x.device, dtype=weights.dtype)
         return (weights * depths[:, None, None]).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
 
@@ -178,9 +190,8 @@ class RGBHead(nn.Module):
         """
         found = _read(source, "rgb_head", "an RGB head")
         state = found.state_dict
-        embed, pred, mlp = (
-            _matrix(found, key) for key in ("decoder_embed.weight", "decoder_pred.weight", "decoder_layers.0.intermediate.dense.weight")
-        )
+        embed, pred = _matrix(found, "decoder_embed.weight"), _matrix(found, "decoder_pred.weight")
+        mlp = _matrix(found, "decoder_layers.0.intermediate.dense.weight")
         patch = math.isqrt(pred.shape[0] // 3)
         table = state.get("decoder_pos_embed")
         if table is not None:
@@ -244,41 +255,27 @@ def position_table(width: int, side: int) -> torch.Tensor:
     return torch.cat((torch.zeros(1, width, dtype=torch.float64), patches.flatten(0, 1)))[None].float()
 
 
-class _Dense(nn.Module):
-    """A linear layer called ``dense``, as the released names have it."""
-
-    def __init__(self, in_size: int, out_size: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(in_size, out_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense(x)
-
-
-class _DecoderAttention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
-        self.output = _Dense(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (self.attention[name](x).unflatten(2, (self.heads, -1)) for name in ("query", "key", "value"))
-        return self.output(attend(q, k, v).flatten(2))
+def _dense(in_size: int, out_size: int) -> nn.ModuleDict:
+    """A linear layer under the released name."""
+    return nn.ModuleDict({"dense": nn.Linear(in_size, out_size)})
 
 
 class _DecoderBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_size: int) -> None:
         super().__init__()
-        self.attention = _DecoderAttention(width, heads)
+        self.heads = heads
+        projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"attention": projections, "output": _dense(width, width)})
         self.layernorm_before = nn.LayerNorm(width, eps=1e-12)
         self.layernorm_after = nn.LayerNorm(width, eps=1e-12)
-        self.intermediate = _Dense(width, mlp_size)
-        self.output = _Dense(mlp_size, width)
+        self.intermediate = _dense(width, mlp_size)
+        self.output = _dense(mlp_size, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.layernorm_before(x))
-        return x + self.output(F.gelu(self.intermediate(self.layernorm_after(x))))
+        normed = self.layernorm_before(x)
+        q, k, v = (layer(normed).unflatten(2, (self.heads, -1)) for layer in self.attention["attention"].values())
+        x = x + self.attention["output"]["dense"](attend(q, k, v).flatten(2))
+        return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 
 
 def _check_map(x: torch.Tensor, width: int) -> None:
@@ -301,13 +298,6 @@ def _matrix(found: checkpoint.Checkpoint, key: str) -> torch.Tensor:
     if value is None or value.ndim != 2:
         raise checkpoint.CheckpointError(f"{found.path}: expected the matrix {key}, got {None if value is None else tuple(value.shape)}")
     return value
-
-
-def _in_size(found: checkpoint.Checkpoint) -> int:
-    weight = found.state_dict["head.weight"]
-    if weight.ndim != 4:
-        raise checkpoint.CheckpointError(f"{found.path}: head.weight must be (out,D,1,1), got {tuple(weight.shape)}")
-    return weight.shape[1]
 
 
 def _loaded(head: Any, found: checkpoint.Checkpoint) -> Any:
