@@ -234,41 +234,39 @@ class Graphs:
         return Graphs, ()
 
     def run(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``_steps`` of the inputs, captured at the first call with their shapes and replayed from then on."""
-        with self._lock:
-            self._forget_old(world)
-            device, store = inputs[0].device, _lasting(world)
-            check_once(store)  # before a replay, which asks nothing
-            dtype = dtype_for(world.predictor.head, inputs[0])
-            shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
-            key = (None if store is None else store.token, dtype, backend.preferred(), torch.get_float32_matmul_precision(), shapes)
-            stream = torch.cuda.current_stream(device)
-            if self._done is not None:
-                stream.wait_event(self._done)
-            graph = self._kept.pop(key, None)
-            if graph is None:
-                if not self._kept or self._memory is None:  # a pool ends with the last graph in it
-                    self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-                graph = _Graph(world, inputs, *self._memory)
-            self._kept[key] = graph
-            while len(self._kept) > GRAPHS_KEPT:
-                self._kept.popitem(last=False)
-            tokens = graph(inputs)
-            self._done = stream.record_event()
-            return tokens
+        """``_steps`` of the inputs, captured at the first call with their shapes and replayed from then on.
 
-    def fit(self, world: DeltaWorld) -> bool:
-        """Whether the steps can be captured: all layers of the predictor are plain, for a replay runs no hooks."""
+        They are launched one by one where a layer of the predictor is not plain, for a replay runs no hooks.
+        """
         with self._lock:
-            self._forget_old(world)
-            return self._of[2]
+            predictor = world.predictor
+            if self._of is None or self._of[0] is not predictor or self._of[1].moved() is not None:
+                self._of = predictor, Snapshot(predictor), all_plain(predictor)
+                self._kept.clear()
+            if self._of[2]:
+                return self._replay(world, inputs)
+        return _steps(world, *inputs)
 
-    def _forget_old(self, world: DeltaWorld) -> None:
-        """Drops the graphs of another predictor, or of one whose parameters or modules are others or lie elsewhere."""
-        predictor = world.predictor
-        if self._of is None or self._of[0] is not predictor or self._of[1].moved() is not None:
-            self._of = predictor, Snapshot(predictor), all_plain(predictor)
-            self._kept.clear()
+    def _replay(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        device, store = inputs[0].device, _lasting(world)
+        check_once(store)  # before a replay, which asks nothing
+        dtype = dtype_for(world.predictor.head, inputs[0])
+        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
+        key = (None if store is None else store.token, dtype, backend.preferred(), torch.get_float32_matmul_precision(), shapes)
+        stream = torch.cuda.current_stream(device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        graph = self._kept.pop(key, None)
+        if graph is None:
+            if not self._kept or self._memory is None:  # a pool ends with the last graph in it
+                self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            graph = _Graph(world, inputs, *self._memory)
+        self._kept[key] = graph
+        while len(self._kept) > GRAPHS_KEPT:
+            self._kept.popitem(last=False)
+        tokens = graph(inputs)
+        self._done = stream.record_event()
+        return tokens
 
 
 def captures(device: torch.device) -> bool:
@@ -313,7 +311,7 @@ def sample(
     draw = noise_source(world, tuple(tokens.shape[:3]), z, **noise)
     keys, values = world._rotate(timestamps[:, :context])(memory[0]), memory[1]
     at_once = memory_budget // _sample_bytes(world, memory, times.shape[1])
-    captured = cuda_graph and captures(memory.device) and world._graphs.fit(world)
+    captured = cuda_graph and captures(memory.device)
     for clips, samples in portions(batch, num_samples, at_once):
         some = _slice(clips)
         inputs = (keys[:, some], values[:, some], times[some], draw(clips, samples))

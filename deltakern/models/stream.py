@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +26,11 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(self: Stream, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self._calling():
+        if self._count == 0:
+            self._weights, self._derived = Snapshot(self.world), Derived(lasting=True, owners=self.world)
+        else:
+            self._look()
+        with torch.no_grad(), calling(self._derived):
             return method(self, *args, **kwargs)
 
     return run
@@ -75,8 +78,6 @@ class Stream:
 
     def reset(self) -> None:
         """Forgets all frames; needed before a new video and after weights changed."""
-        self._weights: Snapshot | None = None
-        self._derived: Derived | None = None
         self._count = 0
         self._size: tuple[int, int] | None = None
         # (1,N,D) each: the last frame's, or the window's with first="black"
@@ -129,7 +130,11 @@ class Stream:
         size = tuple(frames.shape[-2:])
         if self._size not in (None, size):
             raise ValueError(f"frame must be {self._size[0]} x {self._size[1]} as those before, got {size[0]} x {size[1]}; reset() first")
-        time = self._checked_time(timestamp)
+        time = float(timestamp)
+        if not math.isfinite(time):
+            raise ValueError(f"timestamp must be finite seconds, got {time}")
+        if self._times and time < self._times[-1]:
+            raise ValueError(f"timestamp must not go backwards, got {time:g} s after {self._times[-1]:g} s; reset() before a new video")
 
         features = tokenizer.features(frames)[:, 0]
         before = self._features[-1] if self._features else tokenizer.black_features(frames)
@@ -215,30 +220,12 @@ class Stream:
         last = self._features[-1]
         return self.world._futures(tokens, last, self._size, times, self._window()[0], decode, memory_budget)
 
-    def _checked_time(self, timestamp: float | torch.Tensor) -> float:
-        time = float(timestamp)
-        if not math.isfinite(time):
-            raise ValueError(f"timestamp must be finite seconds, got {time}")
-        if self._times and time < self._times[-1]:
-            raise ValueError(f"timestamp must not go backwards, got {time:g} s after {self._times[-1]:g} s; reset() before a new video")
-        return time
-
     def _look(self) -> None:
         """Raises :class:`StaleCacheError` where the weights are known not to be those of the first frame."""
         if (what := self._weights.changed()) is not None:
             raise StaleCacheError(
                 f"the model's weights changed since this stream's frames were pushed; call reset() and push them again ({what})"
             )
-
-    @contextlib.contextmanager
-    def _calling(self) -> Iterator[None]:
-        """Within the context, derived weights are the stream's, after a :meth:`_look`."""
-        if self._weights is None or self._count == 0:
-            self._weights, self._derived = Snapshot(self.world), Derived(lasting=True, owners=self.world)
-        else:
-            self._look()
-        with calling(self._derived):
-            yield
 
     def _window(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (1,C,D) and their projection (2,L,1,C,H,d)."""
@@ -247,9 +234,9 @@ class Stream:
         tokens, projected = list(self._tokens), list(self._projected)
         if self.first == "black" and self._count > self.context:
             if self._anchor is None:
-                tokenizer, world = self.world.tokenizer, self.world
+                tokenizer = self.world.tokenizer
                 like = torch.empty((), dtype=torch.uint8, device=tokens[0].device).expand(1, 1, 3, *self._size)
                 token = tokenizer.encode(tokenizer.black_features(like), self._features[0], tokenizer._rope(like))
-                self._anchor = token, world.predictor.project(token)
+                self._anchor = token, self.world.predictor.project(token)
             tokens[0], projected[0] = self._anchor
         return torch.cat(tokens, 1), torch.cat(projected, 3)

@@ -246,30 +246,21 @@ class World(Freezable, ABC):
         Returns:
             (B,G,D). Candidates are made and judged ``candidate_chunk`` at a time, on a CPU fewer, never all in memory.
         """
-        named = loss_name(criterion)
-        search = None if named is None else ops.BestOfN()
-        best_loss = best = None
-        offset = 0
+        named, search, best = loss_name(criterion), ops.BestOfN(), None
         for portion in queries:
             for chunk in portion.split(self._together(portion.shape[2], target), 2):
                 entry = run(chunk)
-                if search is not None:
-                    better = search.merge(*self.predictor.best(entry, target, reduce_dims=reduce_dims, **named), chunk.shape[2])
-                    index = (search.result()[0] - offset).clamp(min=0)  # meant where it is better, any index elsewhere
+                if named is not None:
+                    index, loss = self.predictor.best(entry, target, reduce_dims=reduce_dims, **named)
                 else:
                     candidates = self.predictor.predictions(entry)
                     with outside():
                         losses = criterion(candidates, target.unsqueeze(2).expand_as(candidates)).flatten(3).mean(-1)
                     loss, index = losses.min(-1)
-                    better = torch.ones_like(loss, dtype=torch.bool)
-                    if best_loss is not None:
-                        better = (loss < best_loss) | (best_loss.isnan() & ~loss.isnan())
-                        loss = torch.where(better, loss, best_loss)
-                    best_loss = loss
                     del candidates
+                better = search.merge(index, loss, chunk.shape[2])
                 chosen = chunk.gather(2, index[..., None, None].expand(*index.shape, 1, chunk.shape[-1])).squeeze(2)
                 best = chosen if best is None else torch.where(better[..., None], chosen, best)
-                offset += chunk.shape[2]
                 del entry, chunk
             del portion  # before the next is drawn
         return best
