@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import safetensors
 import safetensors.torch
@@ -44,7 +44,7 @@ _KINDS = {
     "other": "an unknown model",
 }
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHT_FILES = [f"{name}{shards}" for name in ("model.safetensors", "pytorch_model.bin") for shards in ("", ".index.json")]
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _HEAD = 64  # channels of a head in every released model
 _FOREIGN = (
@@ -68,6 +68,8 @@ _OPTIONAL = {
 """By kind, what the names of a part begin with that a file may leave out as a whole."""
 
 State = dict[str, torch.Tensor]
+Source = Union[str, os.PathLike, "Checkpoint", Mapping[str, torch.Tensor]]
+"""A path or hub repository (see :func:`read`), what :func:`read` returned, or a state dict."""
 
 
 class CheckpointError(ValueError):
@@ -128,11 +130,19 @@ def read(source: str | os.PathLike, *, local_files_only: bool = False) -> Checkp
     return _checkpoint(tensors, metadata, str(path))
 
 
-def as_checkpoint(source: str | os.PathLike | Checkpoint | Mapping[str, torch.Tensor]) -> Checkpoint:
+def as_checkpoint(source: Source) -> Checkpoint:
     """What :func:`read` returns, from a path or hub repository, a state dict, or itself."""
     if isinstance(source, Checkpoint):
         return source
     return _checkpoint(source, {}, "the state dict") if isinstance(source, Mapping) else read(source)
+
+
+def expect(source: Source, kind: str, name: str | None = None) -> Checkpoint:
+    """:func:`as_checkpoint`; a :class:`CheckpointError`, with the expected model's ``name``, where it is of another kind."""
+    found = as_checkpoint(source)
+    if found.kind != kind:
+        raise CheckpointError(f"{found.path}: this is {_KINDS[found.kind]}, expected {name or _KINDS[kind]}")
+    return found
 
 
 def describe(kind: str) -> str:
@@ -140,7 +150,7 @@ def describe(kind: str) -> str:
     return _KINDS[kind]
 
 
-def load_into(module: nn.Module, source: str | os.PathLike | Checkpoint | Mapping[str, torch.Tensor], *, strict: bool = True) -> Fit:
+def load_into(module: nn.Module, source: Source, *, strict: bool = True) -> Fit:
     """Copies a checkpoint's weights into ``module``, in the module's dtype and device.
 
     What a released file leaves out stays as it is: the backbone of a tokenizer, the backbone and the tokenizer of a world
@@ -243,8 +253,7 @@ def infer_deltatok_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, A
     Raises:
         CheckpointError: not a tokenizer, or encoder and decoder differ in depth.
     """
-    if _kind(state_dict) != "deltatok":
-        raise CheckpointError(f"expected the weights of {_KINDS['deltatok']}, got {_KINDS[_kind(state_dict)]}")
+    _one_of(state_dict, "deltatok")
     depth = _depth(state_dict, "encoder_blocks.")
     if depth == 0 or depth != _depth(state_dict, "decoder_blocks."):
         raise CheckpointError(f"a tokenizer has as many encoder as decoder blocks, got {depth} and {_depth(state_dict, 'decoder_blocks.')}")
@@ -268,8 +277,7 @@ def infer_deltaworld_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str,
     Raises:
         CheckpointError: no ``predictor.*`` in it.
     """
-    if _kind(state_dict) != "world":
-        raise CheckpointError(f"expected the weights of {_KINDS['world']}, got {_KINDS[_kind(state_dict)]}")
+    _one_of(state_dict, "world")
     width = _size(state_dict, "predictor.blocks.0.attention.q_proj.weight", 0)
     return {
         "predictor_hidden_size": width,
@@ -286,10 +294,7 @@ def infer_backbone_shape(state_dict: Mapping[str, torch.Tensor]) -> dict[str, in
     Raises:
         CheckpointError: weights of neither.
     """
-    kind = _kind(state_dict)
-    if kind not in ("deltatok", "world"):
-        raise CheckpointError(f"expected the weights of {_KINDS['deltatok']} or {_KINDS['world']}, got {_KINDS[kind]}")
-    key = "z_embed.weight" if kind == "deltatok" else "predictor.blocks.0.attention.kv_proj.weight"
+    key = "z_embed.weight" if _one_of(state_dict, "deltatok", "world") == "deltatok" else "predictor.blocks.0.attention.kv_proj.weight"
     width = _size(state_dict, key, 1)
     return {"hidden_size": width, "num_heads": max(1, width // _HEAD)}
 
@@ -320,10 +325,7 @@ def read_dinov3(folder_or_repo_id: str | os.PathLike, *, local_files_only: bool 
     if (folder / "preprocessor_config.json").is_file():
         pixels = _json(folder / "preprocessor_config.json")
         config = {**{k: pixels[k] for k in ("image_mean", "image_std") if k in pixels}, **config}
-    found = _read_folder(folder)
-    if found.kind != "dinov3":
-        raise CheckpointError(f"{found.path}: this is {_KINDS[found.kind]}, expected {_KINDS['dinov3']}")
-    return config, dinov3_names(found.state_dict)
+    return config, dinov3_names(expect(_read_folder(folder), "dinov3").state_dict)
 
 
 def dinov3_names(state_dict: Mapping[str, torch.Tensor]) -> State:
@@ -367,6 +369,12 @@ def _kind(names: Iterable[str]) -> str:
     if "decoder_embed.weight" in names:
         return "rgb_head"
     return "map_head" if {"bn.weight", "head.weight"} <= names else "other"
+
+
+def _one_of(names: Iterable[str], *kinds: str) -> str:
+    if (kind := _kind(names)) not in kinds:
+        raise CheckpointError(f"expected the weights of {' or '.join(_KINDS[k] for k in kinds)}, got {_KINDS[kind]}")
+    return kind
 
 
 def _part(key: str, kind: str) -> str | None:
@@ -483,13 +491,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    for name in _WEIGHT_FILES:
-        if (folder / name).is_file():
-            return read(folder / name)
-        if (folder / f"{name}.index.json").is_file():
-            return _read_shards(folder / f"{name}.index.json")
-    wanted = ", ".join(n for name in _WEIGHT_FILES for n in (name, f"{name}.index.json"))
-    raise CheckpointError(f"{folder}: the folder holds none of {wanted}")
+    for path in (folder / name for name in _WEIGHT_FILES):
+        if path.is_file():
+            return _read_shards(path) if path.suffix == ".json" else read(path)
+    raise CheckpointError(f"{folder}: the folder holds none of {', '.join(_WEIGHT_FILES)}")
 
 
 def _read_shards(index: Path) -> Checkpoint:
@@ -521,7 +526,7 @@ def _from_hub(name: str, local_files_only: bool) -> Path:
         raise CheckpointError(
             f"{name}: no such file or folder; to fetch it from the Hugging Face hub, pip install 'deltakern[hf]' ({problem})"
         ) from problem
-    patterns = ["config.json", "preprocessor_config.json", *_WEIGHT_FILES, *(f"{n}.index.json" for n in _WEIGHT_FILES), "*-of-*"]
+    patterns = ["config.json", "preprocessor_config.json", *_WEIGHT_FILES, "*-of-*"]
     unreached = "local_files_only=True" if local_files_only else "the hub could not be reached"
     reasons = {  # the first that fits
         errors.GatedRepoError: f"access is gated: accept the licence at https://huggingface.co/{name} and log in with `hf auth login`",

@@ -147,9 +147,8 @@ class DeltaTok(Freezable, Part):
         Returns:
             (B,1,D).
         """
-        mode = "pair" if self.use_delta else "current"
-        z, roles = table(self.z_embed, 1, y.device), table(self.xy_embed, 2, y.device)
-        entry = Assembly(x if self.use_delta else None, y, z, roles, mode, self.residual_dtype)
+        x, mode = (x, "pair") if self.use_delta else (None, "current")
+        entry = Assembly(x, y, table(self.z_embed, 1, y.device), table(self.xy_embed, 2, y.device), mode, self.residual_dtype)
         last = len(self.encoder_blocks) - 1
         for i, block in enumerate(self.encoder_blocks):
             rows = "first" if i == last and self.savings.last_row else "all"
@@ -174,17 +173,9 @@ class DeltaTok(Freezable, Part):
 
     @one_call
     def decode_samples(self, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """:meth:`decode` of several delta tokens that all begin at the same frame.
+        """:meth:`decode` of s delta tokens (B,s,D) that all begin at the same frame (B,N,D): (B,s,N,D).
 
         Sequences [z_i ; x] differ in one row, so what the first block does before its attention is done of [z_1 .. z_s ; x] once.
-
-        Args:
-            z: (B,s,D) delta tokens.
-            x: (B,N,D) features of the earlier frame.
-            rope: of :meth:`_rope`.
-
-        Returns:
-            (B,s,N,D).
         """
         return self._decode(z, x, rope, samples=z.shape[1]).unflatten(0, z.shape[:2])
 
@@ -238,16 +229,13 @@ class DeltaTok(Freezable, Part):
         batch = frames.shape[0]
         if not self.savings.black_frame:
             return self.features(torch.zeros_like(frames[:, :1]))[:, 0]
-        black = frames.new_zeros((1, 1, *frames.shape[2:]))
-
-        def make() -> torch.Tensor:
-            return self.features(black)[:, 0]
-
-        owner = self.backbone if isinstance(self.backbone, Freezable) else self
-        if not lasts(owner) or not settled(self.backbone):
-            return make().expand(batch, -1, -1)
-        key = ("black", black.shape, black.dtype, black.device, compute_dtype(black.device.type, torch.float32), *self.backbone.modules())
-        return derived(owner, key, [*self.backbone.parameters(), *self.backbone.buffers()], make).expand(batch, -1, -1)
+        black, backbone = frames.new_zeros((1, 1, *frames.shape[2:])), self.backbone
+        owner = backbone if isinstance(backbone, Freezable) else self
+        if not lasts(owner) or not settled(backbone):
+            return self.features(black)[:, 0].expand(batch, -1, -1)
+        key = ("black", black.shape, black.dtype, black.device, compute_dtype(black.device.type, torch.float32), *backbone.modules())
+        weights = [*backbone.parameters(), *backbone.buffers()]
+        return derived(owner, key, weights, lambda: self.features(black)[:, 0]).expand(batch, -1, -1)
 
     def _rope(self, frames: torch.Tensor) -> Rope:
         """Cosines and sines (N, D / heads) for the patches of frames (..., H, W); stretched at random while training."""

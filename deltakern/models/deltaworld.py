@@ -14,7 +14,7 @@ from deltakern.models.predictor import Predictor
 from deltakern.models.sampling import MEMORY_BUDGET, Futures, Which
 from deltakern.models.stream import Stream
 from deltakern.models.validate import check_frames, check_positive
-from deltakern.models.world import World, axis_angles, behind, rotate_axes
+from deltakern.models.world import NOTHING_CACHED, World, axis_angles, behind, rotate_axes
 from deltakern.nn import Residual
 from deltakern.nn.weights import hold, one_call
 
@@ -78,9 +78,9 @@ class DeltaWorld(World):
         angles = axis_angles(time, self.rope_axis_sizes[0])[:, :, None]
         return lambda k: rotate_axes(k, [angles])
 
-    def _mix(self, q_time: torch.Tensor, visible: torch.Tensor | None = None, own=None):
+    def _mix(self, q_time: torch.Tensor, visible: torch.Tensor | None = None, own=(None, None)):
         """Attention of unrotated queries over rotated keys; ``own`` is keys and values (B,Q,J,H,d) of each query."""
-        own_k, own_v = (None, None) if own is None else own
+        own_k, own_v = own
         return lambda q, k, v: ops.context_attention(
             q, k, v, q_time, None, visible, own_k=own_k, own_v=own_v, rope_size=self.rope_axis_sizes[0]
         )
@@ -126,17 +126,20 @@ class DeltaWorld(World):
         best = self._training_queries(lambda q: self._predict(past, timestamps, q, head=False), target, criterion, queries, generator)
         return self.predict(past, timestamps, best.unsqueeze(2)).squeeze(2), target
 
+    @torch.no_grad()
+    def _context(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
+        """Features ``y`` of all frames, ``rope``, ``tokens`` of the first ``ctx_len``."""
+        y, rope = self.tokenizer.features(frames), self.tokenizer._rope(frames)
+        tokens = self.tokenizer.tokenize_offline(self.tokenizer.black_features(frames), y[:, :ctx_len], rope).squeeze(2)
+        return {"y": y, "rope": rope, "tokens": tokens}
+
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
         """State of a rollout: features ``y`` of all frames, ``tokens`` of the context, every sample's last features ``x`` and
         its own generated tokens ``own``."""
-        with torch.no_grad():
-            y = self.tokenizer.features(frames)
-            rope = self.tokenizer._rope(frames)
-            tokens = self.tokenizer.tokenize_offline(self.tokenizer.black_features(frames), y[:, :ctx_len], rope).squeeze(2)
-        samples = self.num_samples
-        x = y[:, ctx_len - 1, None].expand(-1, samples, -1, -1).flatten(0, 1)
-        own = tokens.new_empty((tokens.shape[0], samples, 0, tokens.shape[2]))
-        return {"y": y, "rope": rope, "tokens": tokens, "own": own, "x": x, "context": None, "own_kv": None, "weights": None}
+        found, samples = self._context(frames, ctx_len), self.num_samples
+        x = found["y"][:, ctx_len - 1, None].expand(-1, samples, -1, -1).flatten(0, 1)
+        own = found["tokens"].new_empty((frames.shape[0], samples, 0, x.shape[2]))
+        return {**found, "own": own, "x": x, **NOTHING_CACHED}
 
     def _frames_known(self, state: dict[str, Any]) -> int:
         return state["tokens"].shape[1] + state["own"].shape[2]
@@ -300,9 +303,9 @@ class DeltaWorld(World):
         check_frames(frames, self.backbone.patch_size)
         check_positive(horizon=horizon)
         sampling.check_times(timestamps, (frames.shape[0], frames.shape[1] + horizon), "(B,C+h)")
-        state = self.rollout_init(frames, frames.shape[1])
+        found = self._context(frames, frames.shape[1])
         tokens = self.sample(
-            state["tokens"],
+            found["tokens"],
             timestamps,
             horizon,
             num_samples,
@@ -313,8 +316,8 @@ class DeltaWorld(World):
             memory_budget=memory_budget,
             cuda_graph=cuda_graph,
         )
-        last, size = state["y"][:, -1].clone(), tuple(frames.shape[-2:])
-        return self._futures(tokens, last, size, timestamps[:, -horizon:], state["tokens"], decode, memory_budget)
+        last, size = found["y"][:, -1].clone(), tuple(frames.shape[-2:])
+        return self._futures(tokens, last, size, timestamps[:, -horizon:], found["tokens"], decode, memory_budget)
 
     def _futures(self, tokens, last, size, times, context, which: Which, memory_budget: int) -> Futures:
         """Decodes what ``which`` names."""

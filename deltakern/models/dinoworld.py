@@ -10,7 +10,7 @@ from torch import nn
 from deltakern.models.deltatok import Savings
 from deltakern.models.predictor import Predictor
 from deltakern.models.validate import check_frames
-from deltakern.models.world import World, axis_angles, behind, rotate_axes
+from deltakern.models.world import NOTHING_CACHED, World, axis_angles, behind, rotate_axes
 from deltakern.nn import Residual, attend
 from deltakern.nn.weights import hold
 
@@ -71,23 +71,14 @@ class DINOWorld(World):
         with torch.no_grad():
             return self.backbone(frames)
 
-    def _angles(self, frames: torch.Tensor, time: torch.Tensor) -> list[torch.Tensor]:
-        """Angles of the three axes at every patch of frames at the given times (B,T): time (B,T,1,a), x and y (1,1,N,a)."""
+    def _rotate(self, frames: torch.Tensor, time: torch.Tensor, candidates: int = 1):
+        """Rotation of keys or queries (B,T*K*N,H,d), of K candidates at every patch of frames at times (B,T)."""
         rows, columns = (size // self.backbone.patch_size for size in frames.shape[-2:])
         lines = (torch.linspace(-1, 1, n, device=frames.device) for n in (rows, columns))
         y, x = (grid.flatten()[None, None] for grid in torch.meshgrid(*lines, indexing="ij"))
-        time_size, x_size, y_size = self.rope_axis_sizes
-        return [axis_angles(time, time_size)[:, :, None], axis_angles(x, x_size), axis_angles(y, y_size)]
-
-    def _rotate(self, frames: torch.Tensor, time: torch.Tensor):
-        """Rotation of keys (B,T*N,H,d) of frames at times (B,T)."""
-        angles = [a[..., None, :] for a in self._angles(frames, time)]
-        return lambda k: rotate_axes(k.unflatten(1, (time.shape[1], angles[1].shape[2])), angles).flatten(1, 2)
-
-    def _rotated_queries(self, q: torch.Tensor, frames: torch.Tensor, time: torch.Tensor, candidates: int) -> torch.Tensor:
-        """(B,G*K*N,H,d) queries of G frames at times (B,G), K candidates each, to rotated (B,G,K*N,H,d)."""
-        angles = [a[:, :, None, :, None] for a in self._angles(frames, time)]
-        return rotate_axes(q.unflatten(1, (time.shape[1], candidates, -1)), angles).flatten(2, 3)
+        places = zip((time[..., None], x, y), self.rope_axis_sizes, strict=True)
+        angles = [axis_angles(place, size)[:, :, None, :, None] for place, size in places]
+        return lambda k: rotate_axes(k.unflatten(1, (time.shape[1], candidates, rows * columns)), angles).flatten(1, 3)
 
     def _predict(
         self, frames: torch.Tensor, past: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor, *, head: bool = True
@@ -100,7 +91,7 @@ class DINOWorld(World):
         patches = past.shape[1] // groups
 
         def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            q = self._rotated_queries(q, frames, timestamps[:, 1:], candidates)
+            q = self._rotate(frames, timestamps[:, 1:], candidates)(q).unflatten(1, (groups, -1))
             seen = [patches * (g + 1) for g in range(groups)]
             return torch.cat([attend(q[:, g], k[:, :n], v[:, :n]) for g, n in enumerate(seen)], 1)
 
@@ -120,15 +111,7 @@ class DINOWorld(World):
         """State of a rollout: features ``y`` of all frames, the context's ``tokens`` (B,C*N,D) and every sample's ``own`` (B*S,J*N,D)."""
         y = self._features(frames)
         own = y.new_empty((y.shape[0] * self.num_samples, 0, y.shape[3]))
-        return {
-            "y": y,
-            "frames": frames[:, :1],
-            "tokens": y[:, :ctx_len].flatten(1, 2),
-            "own": own,
-            "context": None,
-            "own_kv": None,
-            "weights": None,
-        }
+        return {"y": y, "frames": frames[:, :1], "tokens": y[:, :ctx_len].flatten(1, 2), "own": own, **NOTHING_CACHED}
 
     def _frames_known(self, state: dict[str, Any]) -> int:
         return (state["tokens"].shape[1] + state["own"].shape[1]) // state["y"].shape[2]
@@ -148,7 +131,7 @@ class DINOWorld(World):
         q = q.flatten(0, 1)[:, None].expand(-1, patches, -1)
 
         def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attend(self._rotated_queries(q, frames, times[:, frame : frame + 1], 1)[:, 0], k, v)
+            return attend(self._rotate(frames, times[:, frame : frame + 1])(q), k, v)
 
         features = self.predictor(q, memory, None, mix)
         appended = torch.cat((own, features.detach().to(own.dtype)), 1)

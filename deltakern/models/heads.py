@@ -7,8 +7,7 @@ the models, (..., N, D), become such a map by :func:`feature_map`.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltakern.models import checkpoint
+from deltakern.models.checkpoint import Source
 from deltakern.models.validate import check_positive
 from deltakern.nn import attend
 
 KITTI_DEPTHS = (1e-3, 80.0)  # metres, of the released depth head
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HEAD_WIDTH = 72  # channels of an attention head in the released RGB head
-
-Source = str | os.PathLike | checkpoint.Checkpoint | Mapping[str, torch.Tensor]
 
 
 def feature_map(features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -52,7 +50,7 @@ class _MapHead(nn.Module):
     @staticmethod
     def _sizes(source: Source, what: str) -> tuple[checkpoint.Checkpoint, int, int]:
         """A released file of such a head, its D and its number of outputs."""
-        found = _read(source, "map_head", what)
+        found = checkpoint.expect(source, "map_head", what)
         shape = tuple(found.state_dict["head.weight"].shape)
         if len(shape) != 4:
             raise checkpoint.CheckpointError(f"{found.path}: head.weight must be (out,D,1,1), got {shape}")
@@ -148,11 +146,15 @@ class RGBHead(nn.Module):
             raise ValueError(f"hidden_size must be a multiple of 4 and of num_heads={num_heads}, got {hidden_size}")
         if img_size < patch:
             raise ValueError(f"img_size must be at least one patch of {patch} pixels, got {img_size}")
+        if len(img_mean) != 3 or len(img_std) != 3:
+            raise ValueError(f"img_mean and img_std must have three values each, got {len(img_mean)} and {len(img_std)}")
         for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
             if tuple(value.shape) != (in_size,):
                 raise ValueError(f"{name} must be (in_size,) = ({in_size},), got {tuple(value.shape)}")
-        if len(img_mean) != 3 or len(img_std) != 3:
-            raise ValueError(f"img_mean and img_std must have three values each, got {len(img_mean)} and {len(img_std)}")
+            self.register_buffer(name, value.detach().clone(), persistent=False)
+        for name, value in (("img_mean", img_mean), ("img_std", img_std)):
+            value = torch.as_tensor(value, dtype=norm_weight.dtype).view(3, 1, 1)
+            self.register_buffer(name, value.detach().clone(), persistent=False)
         self.patch = patch
         self.decoder_embed = nn.Linear(in_size, hidden_size)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
@@ -160,9 +162,6 @@ class RGBHead(nn.Module):
         self.decoder_layers = nn.ModuleList(_DecoderBlock(hidden_size, num_heads, mlp_size) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(hidden_size, eps=1e-12)
         self.decoder_pred = nn.Linear(hidden_size, patch * patch * 3)
-        statistics = (torch.as_tensor(v, dtype=norm_weight.dtype).view(3, 1, 1) for v in (img_mean, img_std))
-        for name, value in zip(("norm_weight", "norm_bias", "img_mean", "img_std"), (norm_weight, norm_bias, *statistics), strict=True):
-            self.register_buffer(name, value.detach().clone(), persistent=False)
 
     @classmethod
     def from_checkpoint(
@@ -188,7 +187,7 @@ class RGBHead(nn.Module):
         Raises:
             deltakern.models.checkpoint.CheckpointError: another model's file.
         """
-        found = _read(source, "rgb_head", "an RGB head")
+        found = checkpoint.expect(source, "rgb_head")
         state = found.state_dict
         embed, pred = _matrix(found, "decoder_embed.weight"), _matrix(found, "decoder_pred.weight")
         mlp = _matrix(found, "decoder_layers.0.intermediate.dense.weight")
@@ -284,13 +283,6 @@ def _check_map(x: torch.Tensor, width: int) -> None:
         raise ValueError(f"x must be a feature map (B,{width},h,w), got {got}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating tensor, got {x.dtype}")
-
-
-def _read(source: Source, kind: str, what: str) -> checkpoint.Checkpoint:
-    found = checkpoint.as_checkpoint(source)
-    if found.kind != kind:
-        raise checkpoint.CheckpointError(f"{found.path}: this is {checkpoint.describe(found.kind)}, expected {what}")
-    return found
 
 
 def _matrix(found: checkpoint.Checkpoint, key: str) -> torch.Tensor:

@@ -78,6 +78,8 @@ class Stream:
 
     def reset(self) -> None:
         """Forgets all frames; needed before a new video and after weights changed."""
+        self._weights: Snapshot | None = None
+        self._derived: Derived | None = None
         self._count = 0
         self._size: tuple[int, int] | None = None
         # (1,N,D) each: the last frame's, or the window's with first="black"

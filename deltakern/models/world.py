@@ -18,15 +18,18 @@ from deltakern.nn.product import ROWS_ONE_CALL
 from deltakern.nn.weights import Freezable, Snapshot, one_call, outside, table
 from deltakern.ops.context_attention import temporal_angles as axis_angles  # the same formula on every axis
 
-__all__ = ["World", "axis_angles", "behind", "loss_name", "rotate_axes"]
+__all__ = ["NOTHING_CACHED", "World", "axis_angles", "behind", "loss_name", "rotate_axes"]
 
 NOISE_DRAW = 256
 """Candidates whose noise is drawn at once in training: the release's number, so that its draw is this one for the same seed."""
 
-
 CPU_BYTES = 24 << 20
 """Size of the widest activation in a CPU's search. From 32 MiB on the C library maps and unmaps every allocation anew, which costs
 more than the GELU on it."""
+
+
+NOTHING_CACHED = {"context": None, "own_kv": None, "weights": None}
+"""Of a rollout's state: keys and values of the context, of generated frames, and the weights that made them."""
 
 
 def rotate_axes(x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
