@@ -141,9 +141,6 @@ class DeltaWorld(World):
         own = found["tokens"].new_empty((frames.shape[0], samples, 0, x.shape[2]))
         return {**found, "own": own, "x": x, **NOTHING_CACHED}
 
-    def _frames_known(self, state: dict[str, Any]) -> int:
-        return state["tokens"].shape[1] + state["own"].shape[2]
-
     def _step(self, state: dict[str, Any], q: torch.Tensor, frame: int, timestamps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         tokens, own = state["tokens"], state["own"]
         batch, samples, generated = own.shape[:3]

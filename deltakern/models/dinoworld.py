@@ -31,6 +31,7 @@ class DINOWorld(World):
     """
 
     stay_evaluating = ("backbone",)
+    _dense = True
 
     def __init__(
         self,
@@ -112,9 +113,6 @@ class DINOWorld(World):
         y = self._features(frames)
         own = y.new_empty((y.shape[0] * self.num_samples, 0, y.shape[3]))
         return {"y": y, "frames": frames[:, :1], "tokens": y[:, :ctx_len].flatten(1, 2), "own": own, **NOTHING_CACHED}
-
-    def _frames_known(self, state: dict[str, Any]) -> int:
-        return (state["tokens"].shape[1] + state["own"].shape[1]) // state["y"].shape[2]
 
     def _step(self, state: dict[str, Any], q: torch.Tensor, frame: int, timestamps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         frames, tokens, own, samples = state["frames"], state["tokens"], state["own"], self.num_samples

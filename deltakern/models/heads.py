@@ -43,7 +43,7 @@ class _MapHead(nn.Module):
         self.bn = nn.BatchNorm2d(in_size)
         self.head = nn.Conv2d(in_size, out_size, 1)
 
-    def _activations(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_map(x, self.bn.num_features)
         return self.head(self.bn(x))
 
@@ -81,7 +81,7 @@ class SegHead(_MapHead):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (B,D,h,w) to logits (B,classes,h,w); resize these bilinearly to the labels."""
-        return self._activations(x)
+        return super().forward(x)
 
 
 class DepthHead(_MapHead):
@@ -109,7 +109,7 @@ class DepthHead(_MapHead):
 
     def forward(self, x: torch.Tensor, eps: float = 0.1) -> torch.Tensor:
         """Features (B,D,h,w) to depths (B,1,h,w) in metres; ``eps`` is added to every bin's activation."""
-        weights = self._activations(x).relu() + eps
+        weights = super().forward(x).relu() + eps
         depths = torch.linspace(self.min_depth, self.max_depth, self.head.out_channels, device=x.device, dtype=weights.dtype)
         return (weights * depths[:, None, None]).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
 

@@ -25,7 +25,7 @@ from deltakern import backend, ops
 from deltakern.models.noise import KINDS, IndexedNoise
 from deltakern.models.validate import check_floating, check_positive
 from deltakern.nn.block import all_plain
-from deltakern.nn.weights import Derived, Snapshot, calling, check_once, dtype_for, outside, store_of, table
+from deltakern.nn.weights import Derived, Snapshot, calling, check_once, dtype_for, outside, store_of
 
 if TYPE_CHECKING:
     from deltakern.models.deltatok import DeltaTok, Rope
@@ -127,16 +127,13 @@ def noise_source(
     if queries is not None:
         world._check_queries(queries, shape, "(B,S,h,D)")
         whole = queries
-    elif not world.use_bom:
-        if given:
-            raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
-        whole = table(world.q_embed, 1, like.device).expand(batch, samples, horizon, -1)
+    elif given and not world.use_bom:
+        raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
     elif seed is not None:
         indexed = IndexedNoise(seed, world.predictor_hidden_size, world.initializer_range, noise)
         return lambda clips, part: indexed.draw(clips, part, horizon, device=like.device).to(like.dtype)
     else:  # one draw a step, as in the release
-        steps = [world.noise(batch, samples, 1, device=like.device, dtype=like.dtype, generator=generator) for _ in range(horizon)]
-        whole = torch.cat(steps, 2)
+        whole = torch.cat([world._drawn(like, generator, batch, samples, 1) for _ in range(horizon)], 2)
     return lambda clips, part: whole[_slice(clips), _slice(part)]
 
 

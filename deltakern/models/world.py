@@ -76,6 +76,9 @@ def loss_name(criterion: nn.Module | None) -> dict[str, Any] | None:
 class World(Freezable, ABC):
     """Base of the world models. Subclasses say how queries meet the past, and have the ``predictor``."""
 
+    _dense = False
+    """Whether every patch is a token of ``tokens`` and ``own`` of a rollout's state, or a frame one."""
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -168,35 +171,17 @@ class World(Freezable, ABC):
     def _check_queries(self, queries: torch.Tensor, leading: tuple[int, ...], layout: str) -> None:
         check_floating("queries", queries, layout, (*leading, self.predictor_hidden_size))
 
-    def _step_queries(self, queries: torch.Tensor | None, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        """(B,S,D) queries of one rollout step: given, drawn, or the learned one; ``like`` is (B,...)."""
-        batch = like.shape[0]
-        if queries is not None:
-            self._check_queries(queries, (batch, self.num_samples), "(B,S,D)")
-            return queries
-        if self.use_bom:
-            return self.noise(batch, self.num_samples, 1, device=like.device, dtype=like.dtype, generator=generator)[:, :, 0]
-        return table(self.q_embed, 1, like.device).expand(batch, 1, -1)
-
-    def _same_weights(self, seen: Snapshot | None) -> Snapshot | None:
-        """The predictor's weights as a rollout's cached keys and values were made with them.
-
-        Raises:
-            StaleCacheError: they are known to have changed since.
-        """
-        if torch.compiler.is_compiling():
-            return None
-        if seen is not None and (what := seen.changed()) is not None:
-            raise StaleCacheError(
-                f"the predictor's weights changed since this rollout's first step; begin again with rollout_init ({what})"
-            )
-        return Snapshot(self.predictor) if seen is None else seen
+    def _drawn(self, like: torch.Tensor, generator: torch.Generator | None, *shape: int) -> torch.Tensor:
+        """Queries (*shape,D) on like's device: noise in its dtype, or the learned one."""
+        if not self.use_bom:
+            return table(self.q_embed, 1, like.device).expand(*shape, -1)
+        return self.noise(*shape, device=like.device, dtype=like.dtype, generator=generator)
 
     def _candidate_noise(self, batch: int, groups: int, like: torch.Tensor, generator: torch.Generator | None) -> Iterator[torch.Tensor]:
         """Noise of ``num_samples_train`` candidates, (B,G,k,D) and :data:`NOISE_DRAW` at a time: in memory it does not grow with K."""
         for start in range(0, self.num_samples_train, NOISE_DRAW):
             count = min(NOISE_DRAW, self.num_samples_train - start)
-            yield self.noise(batch, groups, count, device=like.device, dtype=like.dtype, generator=generator)
+            yield self._drawn(like, generator, batch, groups, count)
 
     def _together(self, count: int, target: torch.Tensor) -> int:
         """Candidates of every clip and frame that are predicted together, of a portion of ``count``."""
@@ -218,7 +203,7 @@ class World(Freezable, ABC):
         """(B,G,D) queries that a training pass predicts with: the best of those given or drawn, or the learned one."""
         batch, groups = target.shape[:2]
         if not self.use_bom:
-            return table(self.q_embed, 1, target.device).expand(batch, groups, -1)
+            return self._drawn(target, None, batch, groups)
         if queries is None:
             portions = self._candidate_noise(batch, groups, target, generator)
         else:
@@ -296,17 +281,24 @@ class World(Freezable, ABC):
         Raises:
             ValueError: another frame than the next, shapes. StaleCacheError: the predictor's weights changed since the first step.
         """
-        if tgt_frame_idx != (known := self._frames_known(state)):
+        tokens, per_frame = state["tokens"], state["y"].shape[2] if self._dense else 1
+        known = (tokens.shape[-2] + state["own"].shape[-2]) // per_frame
+        if tgt_frame_idx != known:
             raise ValueError(f"tgt_frame_idx must be {known}, the next frame of this state, got {tgt_frame_idx}")
-        q = self._step_queries(queries, state["tokens"], generator)
-        if self.savings.context_cache:
-            state = {**state, "weights": self._same_weights(state["weights"])}
-        features, state = self._step(state, q, known, timestamps)
+        shape = (tokens.shape[0], self.num_samples)
+        if queries is None:
+            queries = self._drawn(tokens, generator, *shape, 1)[:, :, 0]
+        else:
+            self._check_queries(queries, shape, "(B,S,D)")
+        if self.savings.context_cache and not torch.compiler.is_compiling():
+            weights = Snapshot(self.predictor) if state["weights"] is None else state["weights"]
+            if (what := weights.changed()) is not None:
+                raise StaleCacheError(
+                    f"the predictor's weights changed since this rollout's first step; begin again with rollout_init ({what})"
+                )
+            state = {**state, "weights": weights}
+        features, state = self._step(state, queries, known, timestamps)
         return features, state["y"][:, known], state
-
-    @abstractmethod
-    def _frames_known(self, state: dict[str, Any]) -> int:
-        """Frames of a rollout's context and those generated."""
 
     @abstractmethod
     def _step(self, state: dict[str, Any], q: torch.Tensor, frame: int, timestamps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
