@@ -137,15 +137,11 @@ class DeltaTok(Freezable, Part):
 
     @one_call
     def encode(self, x: torch.Tensor, y: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """The delta token of every pair of frames.
+        """The delta token (B,1,D) of every pair of frames.
 
         Args:
-            x: (B,N,D) features of the earlier frame.
-            y: (B,N,D) features of the later frame.
+            x, y: (B,N,D) features of the earlier and of the later frame.
             rope: of :meth:`_rope`.
-
-        Returns:
-            (B,1,D).
         """
         x, mode = (x, "pair") if self.use_delta else (None, "current")
         entry = Assembly(x, y, table(self.z_embed, 1, y.device), table(self.xy_embed, 2, y.device), mode, self.residual_dtype)
@@ -159,15 +155,12 @@ class DeltaTok(Freezable, Part):
 
     @one_call
     def decode(self, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """Features of the later frame from its delta token and the earlier frame.
+        """Features (B,N,D) of the later frame from its delta token and the earlier frame.
 
         Args:
             z: (B,1,D) delta tokens.
             x: (B,N,D) features of the earlier frame (their shape alone is read without ``use_delta``).
             rope: of :meth:`_rope`.
-
-        Returns:
-            (B,N,D).
         """
         return self._decode(z, x, rope)
 
@@ -197,15 +190,11 @@ class DeltaTok(Freezable, Part):
 
     @one_call
     def tokenize_offline(self, x: torch.Tensor, y: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """Delta tokens of consecutive frames.
+        """Delta tokens (B,T,1,D) of consecutive frames: frame t is encoded against frame t-1, the first against ``x``.
 
         Args:
-            x: (B,N,D) features before the first frame.
-            y: (B,T,N,D) features.
+            x, y: features (B,N,D) before the first frame, and (B,T,N,D) of the frames.
             rope: of :meth:`_rope`.
-
-        Returns:
-            (B,T,1,D); frame t is encoded against frame t-1, the first against ``x``.
         """
         before = torch.cat((x.unsqueeze(1), y[:, :-1]), 1)
         return self.encode(before.flatten(0, 1), y.flatten(0, 1), rope).unflatten(0, y.shape[:2])
@@ -252,8 +241,7 @@ class DeltaTok(Freezable, Part):
 
         Args:
             frames: uint8 (B,T,3,H,W); further positional arguments (timestamps, criterion) are ignored.
-            horizon: in evaluation, how many last frames to reconstruct one after the other; all by default, beginning at the
-                black frame.
+            horizon: in evaluation, how many last frames to reconstruct one after the other; by default all, from the black frame.
 
         Returns:
             While training (reconstruction, target), each (B,N,D), of the last frame from the one before. In evaluation
@@ -262,13 +250,12 @@ class DeltaTok(Freezable, Part):
         Raises:
             ValueError: shape of the frames, fewer than 2 in training, horizon outside 1..T.
         """
+        check_frames(frames, self.backbone.patch_size, least=2 if self.training else 1)
         if self.training:
-            check_frames(frames, self.backbone.patch_size, least=2)
             features = self.features(frames[:, -2:])
             rope = self._rope(frames)
             z = self.encode(features[:, 0], features[:, 1], rope)
             return self.decode(z, features[:, 0], rope), features[:, 1]
-        check_frames(frames, self.backbone.patch_size)
         total = frames.shape[1]
         horizon = total if horizon is None else horizon
         check_positive(horizon=horizon)

@@ -80,22 +80,16 @@ class DeltaWorld(World):
 
     def _mix(self, q_time: torch.Tensor, visible: torch.Tensor | None = None, own=(None, None)):
         """Attention of unrotated queries over rotated keys; ``own`` is keys and values (B,Q,J,H,d) of each query."""
-        own_k, own_v = own
-        return lambda q, k, v: ops.context_attention(
-            q, k, v, q_time, None, visible, own_k=own_k, own_v=own_v, rope_size=self.rope_axis_sizes[0]
-        )
+        more = {"own_k": own[0], "own_v": own[1], "rope_size": self.rope_axis_sizes[0]}
+        return lambda q, k, v: ops.context_attention(q, k, v, q_time, None, visible, **more)
 
     @one_call
     def predict(self, tokens: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Next delta tokens after every prefix of a clip's tokens (teacher forcing).
+        """Next delta tokens after every prefix of a clip's tokens (teacher forcing): (B,T-1,K,D), of frames 1..T-1.
 
         Args:
-            tokens: (B,T-1,D) delta tokens of frames 0..T-2.
-            timestamps: (B,T) seconds.
+            tokens, timestamps: (B,T-1,D) delta tokens of frames 0..T-2, and (B,T) seconds.
             queries: (B,T-1,K,D); those of frame t see tokens 0..t-1.
-
-        Returns:
-            (B,T-1,K,D) predictions of the tokens of frames 1..T-1.
         """
         return self._predict(tokens, timestamps, queries)
 
@@ -244,7 +238,7 @@ class DeltaWorld(World):
             which: "all" samples and frames; "last": of all samples the last frame; or indices of samples, an int, (K,), or (B,K),
                 of which all frames are decoded; or a function of the tokens that returns such indices.
             size: (height, width) of the frames in pixels; by default N patches are taken as a square.
-            memory_budget: bytes that are used at once besides inputs and results.
+            memory_budget: as in :meth:`sample`.
 
         Returns:
             (B,K,F,N,D), F = h or 1, in the order of the indices. Frames come one after the other, so that a sample's last
@@ -259,12 +253,11 @@ class DeltaWorld(World):
         indices = sampling.chosen_samples(which, tokens)
         if indices is None:
             raise ValueError("which must name samples to decode, got 'none'")
-        height, width = sampling.grid_size(features.shape[1], size, self.backbone.patch_size)
+        size = sampling.grid_size(features.shape[1], size, self.backbone.patch_size)
         picked = tokens.gather(1, indices[:, :, None, None].expand(-1, -1, *tokens.shape[2:]))
-        rope = self.tokenizer._rope(features.new_empty((1, 1)).expand(height, width))
-        return sampling.decode(
-            self.tokenizer, picked, features, rope, last_only=isinstance(which, str) and which == "last", memory_budget=memory_budget
-        )
+        rope = self.tokenizer._rope(features.new_empty((1, 1)).expand(size))
+        last_only = isinstance(which, str) and which == "last"
+        return sampling.decode(self.tokenizer, picked, features, rope, last_only=last_only, memory_budget=memory_budget)
 
     @torch.no_grad()
     @one_call
@@ -285,17 +278,12 @@ class DeltaWorld(World):
     ) -> Futures:
         """Futures of a clip of context frames: sampled as tokens, decoded as far as asked for.
 
+        :meth:`decode` makes further features of their ``tokens``, ``last`` and ``size``.
+
         Args:
             frames: uint8 (B,C,3,H,W), the context alone.
-            timestamps: (B,C+h) seconds, of the context and of the frames to predict.
             decode: what to decode, as ``which`` of :meth:`decode`, or "none".
-            The rest as in :meth:`sample`.
-
-        Returns:
-            :class:`deltakern.models.Futures`; :meth:`decode` makes further features of its tokens, ``last`` and ``size``.
-
-        Raises:
-            As :meth:`sample` and :meth:`decode`.
+            The rest, and what is raised, as in :meth:`sample` and :meth:`decode`.
         """
         check_frames(frames, self.backbone.patch_size)
         check_positive(horizon=horizon)

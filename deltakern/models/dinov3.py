@@ -210,13 +210,7 @@ class DINOv3(Freezable, Part):
     @torch.no_grad()
     @one_call
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Features of every frame.
-
-        Args:
-            frames: uint8 (B,T,3,H,W), H and W multiples of the patch size.
-
-        Returns:
-            (B,T,N,D) in the parameters' dtype.
+        """Features (B,T,N,D), in the parameters' dtype, of uint8 frames (B,T,3,H,W), H and W multiples of the patch size.
 
         Raises:
             TypeError: not uint8. ValueError: the shape.

@@ -178,9 +178,7 @@ class RGBHead(nn.Module):
         """The head of a released file, in evaluation mode; its sizes are those of the weights.
 
         Args:
-            source: the file.
-            norm_weight, norm_bias: (D,) of the backbone's final LayerNorm, ``dinov3.backbone.norm``.
-            img_mean, img_std: pixel statistics of the backbone.
+            norm_weight, norm_bias, img_mean, img_std: as in the class; the LayerNorm is ``dinov3.backbone.norm``.
             num_heads: by default heads of 72 channels, as released.
             img_size: where the file has no table of positions, the side of the square image that one is built for.
 

@@ -180,7 +180,6 @@ class Predictor(Freezable, Part):
         """Predictions (B,Q,Dm) of queries (B,Q,D).
 
         Args:
-            queries: (B,Q,D).
             memory: tokens (B,T,Dm), or the list of :meth:`keys_values`.
             rotate: the keys' RoPE; None when ``memory`` is keys and values.
             mix: the attention, one for all blocks or one a block.

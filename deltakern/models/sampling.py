@@ -138,15 +138,10 @@ def noise_source(
 
 
 def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """All steps of one portion.
+    """Tokens (B,s,h,Dm) of all steps of one portion, in the dtype of its noise (B,s,h,D).
 
-    Args:
-        keys, values: (L,B,T,H,d) of the context, keys rotated.
-        times: (B,h) seconds of the predicted frames.
-        noise: (B,s,h,D).
-
-    Returns:
-        (B,s,h,Dm) in noise's dtype. Shapes alone decide what is launched, so that it can be captured in a CUDA graph.
+    Keys and values are (L,B,T,H,d) of the context, keys rotated; times (B,h), seconds of the predicted frames. Shapes alone decide
+    what is launched, so that it can be captured in a CUDA graph.
     """
     predictor = world.predictor
     (batch, samples, horizon), layers = noise.shape[:3], range(len(keys))
@@ -380,15 +375,12 @@ def decode(
 
 
 def score(samples: torch.Tensor, goal: torch.Tensor, *, loss: str = "smooth_l1", beta: float = 0.1) -> torch.Tensor:
-    """How far every sample is from a goal, the mean loss; less is better.
+    """How far every sample is from a goal, the mean loss (B,S) in float32 (float64 for float64 samples); less is better.
 
     Args:
         samples: tokens (B,S,h,D), or features (B,S,F,N,D).
         goal: of the last frame, (B,D) or (B,N,D), or of every frame, (B,h,D) or (B,F,N,D).
         loss, beta: as in ``ops.best_of_n``.
-
-    Returns:
-        (B,S) float32 (float64 for float64 samples).
 
     Raises:
         ValueError: shapes, the loss.

@@ -96,11 +96,7 @@ class Stream:
     @property
     @_guarded
     def tokens(self) -> torch.Tensor:
-        """(1,C,D) delta tokens of the window, as sampling would use them, oldest first.
-
-        Raises:
-            RuntimeError: before the first frame.
-        """
+        """(1,C,D) delta tokens of the window, as sampling would use them, oldest first. RuntimeError before the first frame."""
         return self._window()[0]
 
     @property
@@ -110,14 +106,11 @@ class Stream:
 
     @_guarded
     def push(self, frame: torch.Tensor, timestamp: float | torch.Tensor) -> torch.Tensor:
-        """Takes the next frame.
+        """Takes the next frame. Returns its delta token (1,D): against the frame before, the first against black.
 
         Args:
             frame: uint8 (3,H,W) or (1,3,H,W), always of one size.
             timestamp: seconds, later than the last frame's or equal.
-
-        Returns:
-            (1,D) its delta token: against the frame before, the first against black.
 
         Raises:
             ValueError: the frame's shape or size, a timestamp that goes backwards. TypeError: not uint8.
@@ -163,14 +156,11 @@ class Stream:
         noise: str = "normal",
         memory_budget: int = MEMORY_BUDGET,
     ) -> torch.Tensor:
-        """Futures of the window as delta tokens.
+        """Futures of the window as delta tokens (1,S,h,D).
 
         Args:
             timestamps: (h,) seconds of the frames to predict, on the clock of :meth:`push`.
             The rest as in ``DeltaWorld.sample``, with B=1.
-
-        Returns:
-            (1,S,h,D).
 
         Raises:
             RuntimeError: before the first frame. StaleCacheError: weights changed since a push.

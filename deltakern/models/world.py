@@ -35,19 +35,14 @@ NOTHING_CACHED = {"context": None, "own_kv": None, "weights": None}
 def rotate_axes(x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
     """Rotates the channels of x (..., d), one consecutive slice an axis, in pairs (i, i + half) within the slice.
 
-    Args:
-        x: (..., d).
-        angles: for every axis (..., half), which broadcast against x's leading dimensions.
-
-    Returns:
-        (..., d) in x's dtype; channels beyond the last axis are as they were.
+    The angles are (..., half) for every axis and broadcast against x's leading dimensions. In x's dtype; channels beyond the last
+    axis are as they were.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     sizes = [size for a in angles for size in (a.shape[-1], a.shape[-1])]
     *halves, rest = x.to(wide).split((*sizes, x.shape[-1] - sum(sizes)), -1)
     turned = []
-    for i, angle in enumerate(angles):
-        first, second = halves[2 * i : 2 * i + 2]
+    for angle, first, second in zip(angles, halves[::2], halves[1::2], strict=True):
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         turned += [first * cos - second * sin, first * sin + second * cos]
     return torch.cat((*turned, rest), -1).to(x.dtype)
@@ -64,13 +59,10 @@ def loss_name(criterion: nn.Module | None) -> dict[str, Any] | None:
         raise ValueError(f"criterion must not reduce (reduction='none'), got reduction={criterion.reduction!r}")
     if type(criterion) is nn.SmoothL1Loss and criterion.beta > 0:
         return {"loss": "smooth_l1", "beta": float(criterion.beta)}
-    if type(criterion) is nn.MSELoss:
-        return {"loss": "mse"}
-    if type(criterion) is nn.L1Loss:
-        return {"loss": "l1"}
     if type(criterion).__name__ == "LogCoshLoss":  # the released training code's own class, not importable here
         return {"loss": "log_cosh"}
-    return None
+    name = {nn.MSELoss: "mse", nn.L1Loss: "l1"}.get(type(criterion))
+    return None if name is None else {"loss": name}
 
 
 class World(Freezable, ABC):
@@ -131,8 +123,7 @@ class World(Freezable, ABC):
         """Prediction, as the released trainer calls it.
 
         Args:
-            frames: uint8 (B,T,3,H,W).
-            timestamps: (B,T) seconds.
+            frames, timestamps: uint8 (B,T,3,H,W), and (B,T) seconds.
             criterion: elementwise loss that picks the best candidate while training with best-of-many.
             ctx_len: in evaluation, the number of context frames, 1..T-1.
             queries: the noise, instead of drawing it: (B,T-1,K,D) while training, (B,S,T-ctx_len,D) in evaluation.
@@ -210,7 +201,7 @@ class World(Freezable, ABC):
             count = queries.shape[2] if isinstance(queries, torch.Tensor) and queries.ndim == 4 else -1
             self._check_queries(queries, (batch, groups, count), "(B,T-1,K,D)")
             portions = (queries,)
-        return self._best_queries(portions, run, target, criterion, target.ndim - 2)
+        return self._best_queries(portions, run, target, criterion)
 
     @torch.no_grad()
     def _best_queries(
@@ -219,7 +210,6 @@ class World(Freezable, ABC):
         run: Callable[[torch.Tensor], Residual],
         target: torch.Tensor,
         criterion: nn.Module,
-        reduce_dims: int,
     ) -> torch.Tensor:
         """The query of every (clip, frame) whose prediction has the least loss.
 
@@ -229,7 +219,6 @@ class World(Freezable, ABC):
             target: (B,G,R...,Dm).
             criterion: elementwise loss. One that :func:`loss_name` knows is taken by ``ops.best_of_n_head``, which stores no
                 predictions where its kernel runs; any other judges the predictions of a chunk.
-            reduce_dims: how many dimensions R and the channels are.
 
         Returns:
             (B,G,D). Candidates are made and judged ``candidate_chunk`` at a time, on a CPU fewer, never all in memory.
@@ -239,7 +228,7 @@ class World(Freezable, ABC):
             for chunk in portion.split(self._together(portion.shape[2], target), 2):
                 entry = run(chunk)
                 if named is not None:
-                    index, loss = self.predictor.best(entry, target, reduce_dims=reduce_dims, **named)
+                    index, loss = self.predictor.best(entry, target, reduce_dims=target.ndim - 2, **named)
                 else:
                     candidates = self.predictor.predictions(entry)
                     with outside():
@@ -275,8 +264,7 @@ class World(Freezable, ABC):
             state: of :meth:`rollout_init` or of the step before.
             tgt_frame_idx: index of the frame; context and generated tokens must be those of all frames before it.
             timestamps: (B,T) seconds.
-            queries: (B,S,D) noise, instead of drawing it.
-            generator: draws the noise.
+            queries, generator: (B,S,D) noise, or what draws it.
 
         Raises:
             ValueError: another frame than the next, shapes. StaleCacheError: the predictor's weights changed since the first step.
