@@ -111,8 +111,8 @@ def read(source: str | os.PathLike, *, local_files_only: bool = False) -> Checkp
     """Reads a checkpoint.
 
     Args:
-        source: a file; a folder that holds ``model.safetensors``, ``pytorch_model.bin`` or a sharded safetensors index; or,
-            where no such path exists, a repository on the Hugging Face hub ("owner/name", needs the extra ``[hf]``).
+        source: a file; a folder that holds ``model.safetensors``, ``pytorch_model.bin`` or a sharded index of either; or, where no
+            such path exists, a repository on the Hugging Face hub ("owner/name", needs the extra ``[hf]``).
         local_files_only: take hub files from the local cache alone.
 
     Raises:
@@ -131,7 +131,7 @@ def read(source: str | os.PathLike, *, local_files_only: bool = False) -> Checkp
 
 
 def as_checkpoint(source: Source) -> Checkpoint:
-    """What :func:`read` returns, from a path or hub repository, a state dict, or itself."""
+    """What :func:`read` returns, from any :data:`Source`."""
     if isinstance(source, Checkpoint):
         return source
     return _checkpoint(source, {}, "the state dict") if isinstance(source, Mapping) else read(source)
@@ -158,7 +158,7 @@ def load_into(module: nn.Module, source: Source, *, strict: bool = True) -> Fit:
 
     Args:
         module: a model with the released names.
-        source: a path or hub repository (see :func:`read`), what :func:`read` returned, or a state dict.
+        source: see :data:`Source`.
         strict: with False, what does not fit is skipped, and returned.
 
     Raises:

@@ -11,7 +11,7 @@ from deltakern import ops
 from deltakern.models import sampling
 from deltakern.models.deltatok import DeltaTok, Savings
 from deltakern.models.predictor import Predictor
-from deltakern.models.sampling import MEMORY_BUDGET, Futures, Which
+from deltakern.models.sampling import MEMORY_BUDGET, Futures, Noise, Which
 from deltakern.models.stream import Stream
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.models.world import NOTHING_CACHED, World, axis_angles, behind, rotate_axes
@@ -202,22 +202,13 @@ class DeltaWorld(World):
             got = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
             raise ValueError(f"z must be (B,C,D) delta tokens with C at least 1 and D={self.backbone.hidden_size}, got {got}")
         check_positive(horizon=horizon)
-        batch, context = z.shape[:2]
-        sampling.check_times(timestamps, (batch, context + horizon), "(B,C+h)")
-        sampling.warn_of_long_context(context)
-        return sampling.sample(
-            self,
-            z,
-            self.predictor.project(z),
-            timestamps.to(z.device),
-            num_samples,
-            memory_budget=memory_budget,
-            cuda_graph=cuda_graph,
-            queries=queries,
-            generator=generator,
-            seed=seed,
-            noise=noise,
-        )
+        sampling.check_times(timestamps, (z.shape[0], z.shape[1] + horizon), "(B,C+h)")
+        return self._sample(z, timestamps, num_samples, Noise(queries, generator, seed, noise), memory_budget, cuda_graph)
+
+    def _sample(self, z, timestamps, num_samples, noise: Noise, memory_budget: int, cuda_graph: bool) -> torch.Tensor:
+        sampling.warn_of_long_context(z.shape[1])
+        memory, timestamps = self.predictor.project(z), timestamps.to(z.device)
+        return sampling.sample(self, z, memory, timestamps, num_samples, noise, memory_budget, cuda_graph)
 
     @torch.no_grad()
     @one_call
@@ -289,18 +280,8 @@ class DeltaWorld(World):
         check_positive(horizon=horizon)
         sampling.check_times(timestamps, (frames.shape[0], frames.shape[1] + horizon), "(B,C+h)")
         found = self._context(frames, frames.shape[1])
-        tokens = self.sample(
-            found["tokens"],
-            timestamps,
-            horizon,
-            num_samples,
-            generator=generator,
-            queries=queries,
-            seed=seed,
-            noise=noise,
-            memory_budget=memory_budget,
-            cuda_graph=cuda_graph,
-        )
+        noise = Noise(queries, generator, seed, noise)
+        tokens = self._sample(found["tokens"], timestamps, num_samples, noise, memory_budget, cuda_graph)
         last, size = found["y"][:, -1].clone(), tuple(frames.shape[-2:])
         return self._futures(tokens, last, size, timestamps[:, -horizon:], found["tokens"], decode, memory_budget)
 

@@ -198,22 +198,14 @@ class RGBHead(nn.Module):
                     f"{found.path}: decoder_pos_embed must be (1,1+n*n,width) for a square grid, got {tuple(table.shape)}"
                 )
             img_size = side * patch
-        return _loaded(
-            cls(
-                embed.shape[1],
-                norm_weight,
-                norm_bias,
-                img_mean,
-                img_std,
-                hidden_size=embed.shape[0],
-                depth=len({k.split(".")[1] for k in state if k.startswith("decoder_layers.")}),
-                num_heads=num_heads or max(1, embed.shape[0] // _HEAD_WIDTH),
-                mlp_size=mlp.shape[0],
-                patch=patch,
-                img_size=img_size,
-            ),
-            found,
-        )
+        sizes = {
+            "hidden_size": embed.shape[0],
+            "depth": len({k.split(".")[1] for k in state if k.startswith("decoder_layers.")}),
+            "num_heads": num_heads or max(1, embed.shape[0] // _HEAD_WIDTH),
+            "mlp_size": mlp.shape[0],
+        }
+        head = cls(embed.shape[1], norm_weight, norm_bias, img_mean, img_std, **sizes, patch=patch, img_size=img_size)
+        return _loaded(head, found)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (B,D,h,w) to RGB (B,3,h*patch,w*patch), in [0,1] but for what the decoder overshoots."""

@@ -16,7 +16,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -105,36 +105,35 @@ def _slice(part: range) -> slice:
     return slice(part.start, part.stop)
 
 
-def noise_source(
-    world: DeltaWorld,
-    shape: tuple[int, int, int],
-    like: torch.Tensor,
-    *,
-    queries: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
-    seed: int | None = None,
-    noise: str = "normal",
-) -> Callable[[range, range], torch.Tensor]:
-    """A rollout's queries (b,s,h,D) by clips and samples: given, drawn as the release draws them, by seed and index, or learned."""
-    given = [name for name, value in (("queries", queries), ("generator", generator), ("seed", seed)) if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"queries, generator and seed are three ways to the noise, got {' and '.join(given)}")
-    if noise not in KINDS:
-        raise ValueError(f"noise must be one of {KINDS}, got {noise!r}")
-    if noise != "normal" and seed is None:
-        raise ValueError(f"noise={noise!r} is drawn by seed and sample index and needs seed=, got None")
-    batch, samples, horizon = shape
-    if queries is not None:
-        world._check_queries(queries, shape, "(B,S,h,D)")
-        whole = queries
-    elif given and not world.use_bom:
-        raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
-    elif seed is not None:
-        indexed = IndexedNoise(seed, world.predictor_hidden_size, world.initializer_range, noise)
-        return lambda clips, part: indexed.draw(clips, part, horizon, device=like.device).to(like.dtype)
-    else:  # one draw a step, as in the release
-        whole = torch.cat([world._drawn(like, generator, batch, samples, 1) for _ in range(horizon)], 2)
-    return lambda clips, part: whole[_slice(clips), _slice(part)]
+class Noise(NamedTuple):
+    """Where a rollout's queries come from, as ``DeltaWorld.sample`` takes it."""
+
+    queries: torch.Tensor | None
+    generator: torch.Generator | None
+    seed: int | None
+    kind: str
+
+    def source(self, world: DeltaWorld, shape: tuple[int, int, int], like: torch.Tensor) -> Callable[[range, range], torch.Tensor]:
+        """Queries (b,s,h,D) by clips and samples: given, drawn as the release draws them, by seed and index, or learned."""
+        given = [name for name in ("queries", "generator", "seed") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"queries, generator and seed are three ways to the noise, got {' and '.join(given)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"noise must be one of {KINDS}, got {self.kind!r}")
+        if self.kind != "normal" and self.seed is None:
+            raise ValueError(f"noise={self.kind!r} is drawn by seed and sample index and needs seed=, got None")
+        batch, samples, horizon = shape
+        if self.queries is not None:
+            world._check_queries(self.queries, shape, "(B,S,h,D)")
+            whole = self.queries
+        elif given and not world.use_bom:
+            raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
+        elif self.seed is not None:
+            indexed = IndexedNoise(self.seed, world.predictor_hidden_size, world.initializer_range, self.kind)
+            return lambda clips, part: indexed.draw(clips, part, horizon, device=like.device).to(like.dtype)
+        else:  # one draw a step, as in the release
+            whole = torch.cat([world._drawn(like, self.generator, batch, samples, 1) for _ in range(horizon)], 2)
+        return lambda clips, part: whole[_slice(clips), _slice(part)]
 
 
 def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -283,24 +282,17 @@ def sample(
     memory: torch.Tensor,
     timestamps: torch.Tensor,
     num_samples: int | None,
-    *,
+    noise: Noise,
     memory_budget: int,
     cuda_graph: bool,
-    **noise: Any,
 ) -> torch.Tensor:
-    """Tokens (B,S,h,D) after a context.
-
-    Args:
-        z: (B,T,D) delta tokens of the context; memory: (2,L,B,T,H,d) of them, as ``Predictor.project`` makes it.
-        timestamps: (B,T+h) seconds.
-        noise: as :func:`noise_source` takes it.
-    """
+    """Tokens (B,S,h,D) after delta tokens z (B,T,D), of which ``Predictor.project`` made ``memory``, at timestamps (B,T+h)."""
     num_samples = world.num_samples if num_samples is None else num_samples
     check_positive(num_samples=num_samples, memory_budget=memory_budget)
     batch, context = z.shape[:2]
     times = timestamps[:, context:]
     tokens = z.new_empty((batch, num_samples, times.shape[1], world.backbone.hidden_size))
-    draw = noise_source(world, tuple(tokens.shape[:3]), z, **noise)
+    draw = noise.source(world, tuple(tokens.shape[:3]), z)
     keys, values = world._rotate(timestamps[:, :context])(memory[0]), memory[1]
     at_once = memory_budget // _sample_bytes(world, memory, times.shape[1])
     captured = cuda_graph and captures(memory.device)

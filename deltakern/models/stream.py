@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deltakern.models import sampling
-from deltakern.models.sampling import MEMORY_BUDGET, Futures, Which
+from deltakern.models.sampling import MEMORY_BUDGET, Futures, Noise, Which
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.nn.weights import Derived, Snapshot, StaleCacheError, calling, outside
 
@@ -173,19 +173,8 @@ class Stream:
         every = torch.cat((torch.tensor(self._times, dtype=torch.float64), times.cpu()))[None]
         sampling.check_times(every, (1, every.numel()), "(1,C+h)")
         relative = (every - self._times[-1]).to(device=tokens.device, dtype=torch.promote_types(tokens.dtype, torch.float32))
-        return sampling.sample(
-            self.world,
-            tokens,
-            projected,
-            relative,
-            num_samples,
-            memory_budget=memory_budget,
-            cuda_graph=self.cuda_graph,
-            queries=queries,
-            generator=generator,
-            seed=seed,
-            noise=noise,
-        )
+        noise = Noise(queries, generator, seed, noise)
+        return sampling.sample(self.world, tokens, projected, relative, num_samples, noise, memory_budget, self.cuda_graph)
 
     @_guarded
     def rollout(
