@@ -177,7 +177,8 @@ def load_into(module: nn.Module, source: Source, *, strict: bool = True) -> Fit:
     parts = {_part(k, wanted) for k in given} | {None}
     missing = [k for k in ours if k not in given and _part(k, wanted) in parts]
     unknown = [k for k in given if k not in ours]
-    misshaped = [k for k, v in given.items() if k in ours and not _fits(v, ours[k])]
+    shapes, own_shapes = ({k: (v.shape, v.is_floating_point()) for k, v in state.items()} for state in (given, ours))
+    misshaped = [k for k in given if k in ours and shapes[k] != own_shapes[k]]
     if strict and (unknown or missing or misshaped):
         lines = _misfit(source, ours, missing, unknown, misshaped)
         raise CheckpointError("\n".join((f"{source.path} does not fit {name}:", *lines)))
@@ -259,7 +260,7 @@ def infer_deltatok_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, A
         raise CheckpointError(f"a tokenizer has as many encoder as decoder blocks, got {depth} and {_depth(state_dict, 'decoder_blocks.')}")
     names = set(state_dict)
     swiglu = "encoder_blocks.0.mlp.gate_proj.weight" in names
-    hidden = _size(state_dict, "encoder_blocks.0.mlp.up_proj.weight", 0)
+    hidden = matrix_shape(state_dict, "encoder_blocks.0.mlp.up_proj.weight")[0]
     order = qk_norm_order(names)
     return {
         "num_hidden_layers": depth,
@@ -272,43 +273,36 @@ def infer_deltatok_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, A
 
 
 def infer_deltaworld_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Arguments with which :class:`deltakern.DeltaWorld` (or DINOWorld) has exactly these weights, for heads of 64 channels.
-
-    Raises:
-        CheckpointError: no ``predictor.*`` in it.
-    """
+    """Arguments with which :class:`deltakern.DeltaWorld` (or DINOWorld) has exactly these weights, for heads of 64 channels, or a
+    :class:`CheckpointError` where there is no ``predictor.*``."""
     _one_of(state_dict, "world")
-    width = _size(state_dict, "predictor.blocks.0.attention.q_proj.weight", 0)
+    width = matrix_shape(state_dict, "predictor.blocks.0.attention.q_proj.weight")[0]
     return {
         "predictor_hidden_size": width,
         "predictor_num_hidden_layers": _depth(state_dict, "predictor.blocks."),
         "predictor_num_heads": max(1, width // _HEAD),
         "use_bom": "q_embed.weight" not in state_dict,
-        "mlp_ratio": _size(state_dict, "predictor.blocks.0.mlp.up_proj.weight", 0) // width,
+        "mlp_ratio": matrix_shape(state_dict, "predictor.blocks.0.mlp.up_proj.weight")[0] // width,
     }
 
 
 def infer_backbone_shape(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """``hidden_size`` and ``num_heads`` (of 64 channels) of the backbone that a tokenizer's or world model's weights were made for.
-
-    Raises:
-        CheckpointError: weights of neither.
-    """
+    """``hidden_size`` and ``num_heads`` (of 64 channels) of the backbone that a tokenizer's or world model's weights were made for, or a
+    :class:`CheckpointError` for weights of neither."""
     key = "z_embed.weight" if _one_of(state_dict, "deltatok", "world") == "deltatok" else "predictor.blocks.0.attention.kv_proj.weight"
-    width = _size(state_dict, key, 1)
+    width = matrix_shape(state_dict, key)[1]
     return {"hidden_size": width, "num_heads": max(1, width // _HEAD)}
 
 
 def read_dinov3(folder_or_repo_id: str | os.PathLike, *, local_files_only: bool = False) -> tuple[dict[str, Any], State]:
     """Config and weights of a DINOv3 ViT in Hugging Face's layout, from a folder or from the hub (extra ``[hf]``).
 
+    The config is ``config.json``, with ``image_mean`` and ``image_std`` of ``preprocessor_config.json`` where there is one; the weights
+    have this package's names (:func:`dinov3_names`).
+
     Args:
         folder_or_repo_id: folder with ``config.json`` and weights (one file or a sharded index), or "owner/name".
         local_files_only: take hub files from the local cache alone.
-
-    Returns:
-        ``config.json``, with ``image_mean`` and ``image_std`` of ``preprocessor_config.json`` where there is one, and the weights
-        under this package's names (:func:`dinov3_names`).
 
     Raises:
         FileNotFoundError: neither a folder nor a repository's name.
@@ -383,10 +377,6 @@ def _part(key: str, kind: str) -> str | None:
     return found and found[0]
 
 
-def _fits(value: torch.Tensor, place: torch.Tensor) -> bool:
-    return value.shape == place.shape and value.is_floating_point() == place.is_floating_point()
-
-
 def _misfit(source: Checkpoint, ours: State, missing: list[str], unknown: list[str], misshaped: list[str]) -> Iterator[str]:
     """The lines of a message on all that does not fit."""
     theirs = source.state_dict
@@ -402,23 +392,24 @@ def _misfit(source: Checkpoint, ours: State, missing: list[str], unknown: list[s
         if found:
             yield f"  {title} ({len(found)}):"
             yield from (f"    {line}" for line in found)
-    infer = {"deltatok": infer_deltatok_config, "world": infer_deltaworld_config}.get(_kind(ours))
+    infer = {"deltatok": infer_deltatok_config, "world": infer_deltaworld_config}.get(_kind(ours), lambda _: {})
     with contextlib.suppress(CheckpointError):  # too little of the model is there to say more
-        if infer is not None:
-            arguments = infer(ours)
-            differ = [f"{k}={v!r}" for k, v in infer(theirs).items() if arguments.get(k) != v]
-            if differ:
-                yield f"  the file was made with {', '.join(differ)}"
+        arguments = infer(ours)
+        if differ := [f"{k}={v!r}" for k, v in infer(theirs).items() if arguments.get(k) != v]:
+            yield f"  the file was made with {', '.join(differ)}"
 
 
 def _depth(names: Iterable[str], prefix: str) -> int:
     return len({k.removeprefix(prefix).partition(".")[0] for k in names if k.startswith(prefix)})
 
 
-def _size(state_dict: Mapping[str, torch.Tensor], key: str, axis: int) -> int:
-    if key not in state_dict or state_dict[key].ndim != 2:
-        raise CheckpointError(f"expected the matrix {key}, got {'another shape' if key in state_dict else 'no such name'}")
-    return state_dict[key].shape[axis]
+def matrix_shape(state_dict: Mapping[str, torch.Tensor], key: str, path: str = "") -> tuple[int, int]:
+    """(rows, columns) of a weight; a :class:`CheckpointError`, which names the file at ``path``, where it is no matrix."""
+    shape = tuple(state_dict[key].shape) if key in state_dict else ()
+    if len(shape) != 2:
+        got = f"shape {shape}" if key in state_dict else "no such name"
+        raise CheckpointError(f"{path and path + ': '}expected the matrix {key}, got {got}")
+    return shape
 
 
 def _read_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:

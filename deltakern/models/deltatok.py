@@ -92,9 +92,8 @@ class DeltaTok(Freezable, Part):
                 raise TypeError(f"backbone must have the attribute {name!r}, got {type(backbone).__name__} without it")
         if qk_norm_order not in QK_NORM_ORDERS:
             raise ValueError(f"qk_norm_order must be one of {QK_NORM_ORDERS}, got {qk_norm_order!r}")
-        weights = None
-        if ckpt_path:
-            weights = checkpoint.read(ckpt_path)
+        weights = checkpoint.read(ckpt_path) if ckpt_path else None
+        if weights is not None:
             qk_norm_order = weights.qk_norm_order or qk_norm_order
         self.ckpt_path = ckpt_path
         self.use_delta = use_delta
@@ -213,8 +212,7 @@ class DeltaTok(Freezable, Part):
 
     @one_call
     def black_features(self, frames: torch.Tensor) -> torch.Tensor:
-        """Features (B,N,D) of an all-black frame of the size, device and batch of ``frames``. Frozen, computed once
-        for each size; else once a call, for the whole batch."""
+        """Features (B,N,D) of a black frame of the size, device and batch of ``frames``. Frozen, computed once a size; else once a call."""
         batch = frames.shape[0]
         if not self.savings.black_frame:
             return self.features(torch.zeros_like(frames[:, :1]))[:, 0]
@@ -261,13 +259,11 @@ class DeltaTok(Freezable, Part):
         check_positive(horizon=horizon)
         if horizon > total:
             raise ValueError(f"horizon must be at most the number of frames T={total}, got {horizon}")
-        state = self.rollout_init(frames, horizon)
-        predictions, targets = [], []
+        state, predictions = self.rollout_init(frames, horizon), []
         for t in range(total - horizon, total):
-            prediction, target, state = self.rollout_step(state, t)
+            prediction, _, state = self.rollout_step(state, t)
             predictions.append(prediction)
-            targets.append(target)
-        return torch.stack(predictions, 1), torch.stack(targets, 1), state["y"][:, : total - horizon]
+        return torch.stack(predictions, 1), state["y"][:, -horizon:].contiguous(), state["y"][:, :-horizon]
 
     @one_call
     def rollout_init(self, frames: torch.Tensor, horizon: int) -> dict[str, Any]:

@@ -95,8 +95,7 @@ class DeltaWorld(World):
 
     def _predict(self, tokens, timestamps, queries, *, head: bool = True) -> torch.Tensor | Residual:
         """:meth:`predict`; without the head the predictor's last stream and branch, (B,T-1,K,D) each."""
-        visible = torch.arange(1, timestamps.shape[1], device=tokens.device)
-        mix = self._mix(timestamps[:, 1:], visible)
+        mix = self._mix(timestamps[:, 1:], torch.arange(1, timestamps.shape[1], device=tokens.device))
         out = self.predictor(queries.flatten(1, 2), tokens, self._rotate(timestamps[:, :-1]), mix, head=head)
         return out.unflatten(1, queries.shape[1:3])
 

@@ -36,7 +36,7 @@ def feature_map(features: torch.Tensor, rows: int, columns: int) -> torch.Tensor
 
 
 class _MapHead(nn.Module):
-    """BatchNorm and a 1x1 convolution, of features (B,D,h,w) to (B,out,h,w)."""
+    """BatchNorm and a 1x1 convolution."""
 
     def __init__(self, in_size: int, out_size: int) -> None:
         super().__init__()
@@ -44,6 +44,7 @@ class _MapHead(nn.Module):
         self.head = nn.Conv2d(in_size, out_size, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (B,D,h,w) to (B,out,h,w): the logits of a segmentation, to be resized bilinearly to the labels."""
         _check_map(x, self.bn.num_features)
         return self.head(self.bn(x))
 
@@ -61,8 +62,7 @@ class SegHead(_MapHead):
     """Segmentation: BatchNorm and a 1x1 convolution to logits. Released for VSPW (124 classes) and Cityscapes (19).
 
     Args:
-        in_size: D.
-        num_classes: of the logits.
+        in_size, num_classes: D, and the number of logits.
     """
 
     def __init__(self, in_size: int, num_classes: int) -> None:
@@ -79,18 +79,13 @@ class SegHead(_MapHead):
         found, in_size, classes = cls._sizes(source, "a segmentation head")
         return _loaded(cls(in_size, classes), found)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Features (B,D,h,w) to logits (B,classes,h,w); resize these bilinearly to the labels."""
-        return super().forward(x)
-
 
 class DepthHead(_MapHead):
     """Depth: BatchNorm and a 1x1 convolution to bins of depth, whose normalised activations weigh the bins' depths.
 
     Args:
-        in_size: D.
+        in_size, num_bins: D, and the number of bins.
         min_depth, max_depth: of the first and last bin, metres; between them the bins are evenly spaced.
-        num_bins: of depth.
     """
 
     def __init__(self, in_size: int, min_depth: float, max_depth: float, num_bins: int = 256) -> None:
@@ -187,9 +182,11 @@ class RGBHead(nn.Module):
         """
         found = checkpoint.expect(source, "rgb_head")
         state = found.state_dict
-        embed, pred = _matrix(found, "decoder_embed.weight"), _matrix(found, "decoder_pred.weight")
-        mlp = _matrix(found, "decoder_layers.0.intermediate.dense.weight")
-        patch = math.isqrt(pred.shape[0] // 3)
+        embed, pred, mlp = (
+            checkpoint.matrix_shape(state, key, found.path)
+            for key in ("decoder_embed.weight", "decoder_pred.weight", "decoder_layers.0.intermediate.dense.weight")
+        )
+        patch = math.isqrt(pred[0] // 3)
         table = state.get("decoder_pos_embed")
         if table is not None:
             side = math.isqrt(table.shape[1] - 1) if table.ndim == 3 else 0
@@ -199,12 +196,12 @@ class RGBHead(nn.Module):
                 )
             img_size = side * patch
         sizes = {
-            "hidden_size": embed.shape[0],
+            "hidden_size": embed[0],
             "depth": len({k.split(".")[1] for k in state if k.startswith("decoder_layers.")}),
-            "num_heads": num_heads or max(1, embed.shape[0] // _HEAD_WIDTH),
-            "mlp_size": mlp.shape[0],
+            "num_heads": num_heads or max(1, embed[0] // _HEAD_WIDTH),
+            "mlp_size": mlp[0],
         }
-        head = cls(embed.shape[1], norm_weight, norm_bias, img_mean, img_std, **sizes, patch=patch, img_size=img_size)
+        head = cls(embed[1], norm_weight, norm_bias, img_mean, img_std, **sizes, patch=patch, img_size=img_size)
         return _loaded(head, found)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -273,13 +270,6 @@ def _check_map(x: torch.Tensor, width: int) -> None:
         raise ValueError(f"x must be a feature map (B,{width},h,w), got {got}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating tensor, got {x.dtype}")
-
-
-def _matrix(found: checkpoint.Checkpoint, key: str) -> torch.Tensor:
-    value = found.state_dict.get(key)
-    if value is None or value.ndim != 2:
-        raise checkpoint.CheckpointError(f"{found.path}: expected the matrix {key}, got {None if value is None else tuple(value.shape)}")
-    return value
 
 
 def _loaded(head: Any, found: checkpoint.Checkpoint) -> Any:

@@ -330,7 +330,7 @@ def grid_size(patches: int, size: tuple[int, int] | None, patch_size: int) -> tu
         side = round(patches**0.5)
         if side * side != patches:
             raise ValueError(f"size must be given as (height, width) in pixels, because N={patches} patches are no square")
-        return side * patch_size, side * patch_size
+        size = side * patch_size, side * patch_size
     height, width = size
     if height % patch_size or width % patch_size or (height // patch_size) * (width // patch_size) != patches:
         raise ValueError(f"size must be (height, width) in pixels of N={patches} patches of {patch_size}, got {tuple(size)}")

@@ -39,26 +39,24 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
 class Stream:
     """A rolling window over the latest frames of one camera.
 
-    Each pushed frame costs one backbone pass and one encode, and one projection to keys and values, which are kept for the
-    window's tokens. Memory does not grow with the number of frames. Times are kept in float64 and rotated relative to the
-    window's latest frame, so that hours of video lose no precision.
+    Each pushed frame costs one backbone pass, one encode and one projection to keys and values, which are kept for the window's tokens:
+    memory does not grow with the number of frames. Times are kept in float64 and rotated relative to the window's latest frame, so that
+    hours of video lose no precision.
 
     The first token of every clip that the predictor was trained on, and of every context that the release evaluates, is its first
     frame encoded against black: it alone carries the scene, the later ones carry changes. A window that has rolled begins with
-    a frame that was encoded against one that is no longer there. ``first="black"``, the default, encodes that frame against black
-    instead, so that futures are those of ``DeltaWorld.rollout`` of the window's frames: one more encode for the first sample after
-    a push (none for pushes that nobody samples after), and the features of the window's frames are kept. ``first="previous"``
-    leaves the token as it was made: cheaper, but a context such as the predictor never saw. What :meth:`push` returns is the same
-    with both: the tokens of the whole video.
+    a frame that was encoded against one that is no longer there. ``first="black"``, the default, encodes it against black instead, so
+    that futures are those of ``DeltaWorld.rollout`` of the window's frames: one more encode for the first sample after a push alone, and
+    the features of the window's frames are kept. ``first="previous"`` leaves the token as it was made: cheaper, but a context such as the
+    predictor never saw. What :meth:`push` returns is the same with both: the tokens of the whole video.
 
     The stream keeps what it derives from the weights, as frozen ones do, and leaves the world itself as it is, live or frozen. Every call
     looks whether the weights are those of the first frame, as :mod:`deltakern.nn.weights` says, and raises where they are not.
 
     Args:
         world: in evaluation mode; its weights must not change while the stream holds what they made.
-        context: frames in the window. More than 7 warns once, see ``DeltaWorld.sample``.
+        context: frames in the window. More than 7 warns once, see ``DeltaWorld.sample``, also for ``cuda_graph``.
         first: "black" or "previous".
-        cuda_graph: see ``DeltaWorld.sample``.
 
     Example::
 
@@ -186,12 +184,8 @@ class Stream:
         memory_budget: int = MEMORY_BUDGET,
         **noise,
     ) -> Futures:
-        """Futures of the window, decoded as far as asked for: :meth:`sample`, then ``DeltaWorld.decode``.
-
-        Args:
-            decode: as in ``DeltaWorld.rollout``.
-            noise: generator, queries, seed or noise, as in :meth:`sample`.
-        """
+        """Futures of the window, decoded as far as asked for: :meth:`sample`, which takes the generator, queries, seed and noise, then
+        ``DeltaWorld.decode``, with ``decode`` as in ``DeltaWorld.rollout``."""
         tokens = type(self).sample.__wrapped__(self, timestamps, num_samples, memory_budget=memory_budget, **noise)
         if callable(decode):
             with outside():

@@ -149,15 +149,12 @@ class World(Freezable, ABC):
         horizon, samples = total - ctx_len, self.num_samples
         if queries is not None:
             self._check_queries(queries, (frames.shape[0], samples, horizon), "(B,S,h,D)")
-        state = self.rollout_init(frames, ctx_len)
-        predictions, targets = [], []
+        state, predictions = self.rollout_init(frames, ctx_len), []
         for t in range(horizon):
-            prediction, target, state = self.rollout_step(
-                state, ctx_len + t, timestamps, queries=None if queries is None else queries[:, :, t], generator=generator
-            )
+            given = None if queries is None else queries[:, :, t]
+            prediction, _, state = self.rollout_step(state, ctx_len + t, timestamps, queries=given, generator=generator)
             predictions.append(prediction.unflatten(0, (-1, samples)))
-            targets.append(target)
-        return torch.stack(predictions, 2), torch.stack(targets, 1), state["y"][:, :ctx_len]
+        return torch.stack(predictions, 2), state["y"][:, ctx_len:].contiguous(), state["y"][:, :ctx_len]
 
     def _check_queries(self, queries: torch.Tensor, leading: tuple[int, ...], layout: str) -> None:
         check_floating("queries", queries, layout, (*leading, self.predictor_hidden_size))
