@@ -373,7 +373,7 @@ def _one_of(names: Iterable[str], *kinds: str) -> str:
 
 def _part(key: str, kind: str) -> str | None:
     """The part to which a name belongs and that a released file of this kind may leave out."""
-    found = re.match(_OPTIONAL.get(kind, "$."), key)
+    found = re.match(_OPTIONAL[kind], key) if kind in _OPTIONAL else None
     return found and found[0]
 
 
