@@ -45,7 +45,7 @@ class Search:
     def chosen(self, criterion: torch.nn.Module = SMOOTH) -> torch.Tensor:
         """Which candidate this package's search takes, (B,T-1)."""
         past, target = self.tokens[:, :-1], self.tokens[:, 1:]
-        best = self.world._best_queries((self.noise,), lambda q: self.world._predict(past, self.times, q, head=False), target, criterion, 1)
+        best = self.world._best_queries((self.noise,), lambda q: self.world._predict(past, self.times, q, head=False), target, criterion)
         same = (self.noise == best[:, :, None]).all(-1)
         assert (same.sum(-1) == 1).all()
         return same.to(torch.uint8).argmax(-1)
@@ -144,7 +144,7 @@ def test_the_dense_worlds_winner(impl: str, device: torch.device) -> None:
         candidates = world._predict(frames, past, times, queries)
     index = ops.best_of_n.reference(candidates, target, reduce_dims=2)[0]
     with deltakern.use_impl(impl), _triton.count_launches() as counted:
-        best = world._best_queries((queries,), lambda q: world._predict(frames, past, times, q, head=False), target, SMOOTH, 2)
+        best = world._best_queries((queries,), lambda q: world._predict(frames, past, times, q, head=False), target, SMOOTH)
     assert torch.equal(best, queries.gather(2, index[..., None, None].expand(-1, -1, 1, 64)).squeeze(2))
     assert counted["best_of_n_head_kernel"] == (3 if impl == "triton" else 0)
 

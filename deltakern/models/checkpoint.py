@@ -11,13 +11,14 @@ out stays as it is in the model. Everything else must fit exactly, or one :class
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import safetensors
 import safetensors.torch
@@ -43,21 +44,32 @@ _KINDS = {
     "other": "an unknown model",
 }
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHT_FILES = [f"{name}{shards}" for name in ("model.safetensors", "pytorch_model.bin") for shards in ("", ".index.json")]
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _HEAD = 64  # channels of a head in every released model
 _FOREIGN = (
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"BZh", "a bzip2 archive"),
-    (b"\xfd7zXZ", "an xz archive"),
-    (b"\x28\xb5\x2f\xfd", "a zstandard archive"),
-    (b"version https://git-lfs", "a Git LFS pointer, the file itself was not downloaded"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x93NUMPY", "a NumPy array"),
+    (rb"\x1f\x8b", "a gzip archive"),
+    (rb"BZh", "a bzip2 archive"),
+    (rb"\xfd7zXZ", "an xz archive"),
+    (rb"\x28\xb5\x2f\xfd", "a zstandard archive"),
+    (rb"version https://git-lfs", "a Git LFS pointer, the file itself was not downloaded"),
+    (rb"GGUF", "a GGUF file"),
+    (rb"\x89HDF", "an HDF5 file"),
+    (rb"\x93NUMPY", "a NumPy array"),
+    (rb"(?s:.{257})ustar", "a tar archive"),
+    (rb"\s*<(?i:!doctype|html|\?xml)", "a web page; the download may have answered with a log-in or error page"),
+    (rb"\s*[{[]", "JSON"),
 )
+_OPTIONAL = {
+    "deltatok": r"backbone(?=\.)",
+    "world": r"(tokenizer\.)?backbone(?=\.)|tokenizer(?=\.)",
+    "rgb_head": r"decoder_pos_embed$",  # a fixed table, rebuilt from its formula where a file lacks it
+}
+"""By kind, what the names of a part begin with that a file may leave out as a whole."""
 
 State = dict[str, torch.Tensor]
+Source = Union[str, os.PathLike, "Checkpoint", Mapping[str, torch.Tensor]]
+"""A path or hub repository (see :func:`read`), what :func:`read` returned, or a state dict."""
 
 
 class CheckpointError(ValueError):
@@ -99,8 +111,8 @@ def read(source: str | os.PathLike, *, local_files_only: bool = False) -> Checkp
     """Reads a checkpoint.
 
     Args:
-        source: a file; a folder that holds ``model.safetensors``, ``pytorch_model.bin`` or a sharded safetensors index; or,
-            where no such path exists, a repository on the Hugging Face hub ("owner/name", needs the extra ``[hf]``).
+        source: a file; a folder that holds ``model.safetensors``, ``pytorch_model.bin`` or a sharded index of either; or, where no
+            such path exists, a repository on the Hugging Face hub ("owner/name", needs the extra ``[hf]``).
         local_files_only: take hub files from the local cache alone.
 
     Raises:
@@ -118,11 +130,19 @@ def read(source: str | os.PathLike, *, local_files_only: bool = False) -> Checkp
     return _checkpoint(tensors, metadata, str(path))
 
 
-def as_checkpoint(source: str | os.PathLike | Checkpoint | Mapping[str, torch.Tensor]) -> Checkpoint:
-    """What :func:`read` returns, from a path or hub repository, a state dict, or itself."""
+def as_checkpoint(source: Source) -> Checkpoint:
+    """What :func:`read` returns, from any :data:`Source`."""
     if isinstance(source, Checkpoint):
         return source
     return _checkpoint(source, {}, "the state dict") if isinstance(source, Mapping) else read(source)
+
+
+def expect(source: Source, kind: str, name: str | None = None) -> Checkpoint:
+    """:func:`as_checkpoint`; a :class:`CheckpointError`, with the expected model's ``name``, where it is of another kind."""
+    found = as_checkpoint(source)
+    if found.kind != kind:
+        raise CheckpointError(f"{found.path}: this is {_KINDS[found.kind]}, expected {name or _KINDS[kind]}")
+    return found
 
 
 def describe(kind: str) -> str:
@@ -130,7 +150,7 @@ def describe(kind: str) -> str:
     return _KINDS[kind]
 
 
-def load_into(module: nn.Module, source: str | os.PathLike | Checkpoint | Mapping[str, torch.Tensor], *, strict: bool = True) -> Fit:
+def load_into(module: nn.Module, source: Source, *, strict: bool = True) -> Fit:
     """Copies a checkpoint's weights into ``module``, in the module's dtype and device.
 
     What a released file leaves out stays as it is: the backbone of a tokenizer, the backbone and the tokenizer of a world
@@ -138,7 +158,7 @@ def load_into(module: nn.Module, source: str | os.PathLike | Checkpoint | Mappin
 
     Args:
         module: a model with the released names.
-        source: a path or hub repository (see :func:`read`), what :func:`read` returned, or a state dict.
+        source: see :data:`Source`.
         strict: with False, what does not fit is skipped, and returned.
 
     Raises:
@@ -146,25 +166,27 @@ def load_into(module: nn.Module, source: str | os.PathLike | Checkpoint | Mappin
             ``strict=False``, if nothing fits.
     """
     source = as_checkpoint(source)
-    target = module.state_dict()
-    names = {_clean(k): k for k in target}
-    shapes = {k: tuple(target[v].shape) for k, v in names.items()}
-    wanted = _kind(names)
-    if strict and wanted != source.kind and "other" not in (wanted, source.kind):
-        raise CheckpointError(f"{source.path}: this is {_KINDS[source.kind]}, expected {_KINDS[wanted]} ({type(module).__name__})")
+    given, kind, name = source.state_dict, source.kind, type(module).__name__
+    places = module.state_dict()
+    own_names = {_clean(k): k for k in places}
+    ours = {k: places[v] for k, v in own_names.items()}
+    wanted = _kind(ours)
+    if strict and wanted != kind and "other" not in (wanted, kind):
+        raise CheckpointError(f"{source.path}: this is {_KINDS[kind]}, expected {_KINDS[wanted]} ({name})")
 
-    given = source.state_dict
-    absent = _left_out(names, given, wanted)
-    unknown = [k for k in given if k not in names]
-    missing = [k for k in names if k not in given and k not in absent]
-    misshaped = [k for k, v in given.items() if k in names and not _fits(v, target[names[k]])]
+    parts = {_part(k, wanted) for k in given} | {None}
+    missing = [k for k in ours if k not in given and _part(k, wanted) in parts]
+    unknown = [k for k in given if k not in ours]
+    shapes, own_shapes = ({k: (v.shape, v.is_floating_point()) for k, v in state.items()} for state in (given, ours))
+    misshaped = [k for k in given if k in ours and shapes[k] != own_shapes[k]]
     if strict and (unknown or missing or misshaped):
-        raise CheckpointError(_misfit(module, source, shapes, unknown, missing, misshaped, wanted))
-    usable = {names[k]: v for k, v in given.items() if k in names and k not in misshaped}
+        lines = _misfit(source, ours, missing, unknown, misshaped)
+        raise CheckpointError("\n".join((f"{source.path} does not fit {name}:", *lines)))
+    usable = {own_names[k]: v for k, v in given.items() if k in ours and k not in misshaped}
     if not usable:
-        raise CheckpointError(f"{source.path}: {_KINDS[source.kind]}, of which nothing fits {type(module).__name__}")
+        raise CheckpointError(f"{source.path}: {_KINDS[kind]}, of which nothing fits {name}")
     module.load_state_dict(usable, strict=False)
-    return Fit([k for k in names if names[k] not in usable], unknown, misshaped)
+    return Fit([k for k, v in own_names.items() if v not in usable], unknown, misshaped)
 
 
 def save(source: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -186,7 +208,12 @@ def save(source: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike
         raise ValueError(f"path must end in .safetensors or one of {_TORCH_SUFFIXES}, got {path.name!r}")
     if metadata and path.suffix != ".safetensors":
         raise ValueError(f"metadata is stored in .safetensors files alone, got {path.name!r}")
-    tensors = _released_layout(source) if isinstance(source, nn.Module) else dict(source)
+    if isinstance(source, nn.Module):
+        tensors = {_clean(k): v for k, v in source.state_dict().items()}
+        if (kind := _kind(tensors)) in ("deltatok", "world"):
+            tensors = {k: v for k, v in tensors.items() if _part(k, kind) is None}
+    else:
+        tensors = dict(source)
     strangers = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor)]
     if strangers:
         raise ValueError(f"source must map names to tensors, got {type(tensors[strangers[0]]).__name__} under {strangers[0]!r}")
@@ -227,14 +254,13 @@ def infer_deltatok_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, A
     Raises:
         CheckpointError: not a tokenizer, or encoder and decoder differ in depth.
     """
-    if _kind(state_dict) != "deltatok":
-        raise CheckpointError(f"expected the weights of {_KINDS['deltatok']}, got {_KINDS[_kind(state_dict)]}")
+    _one_of(state_dict, "deltatok")
     depth = _depth(state_dict, "encoder_blocks.")
     if depth == 0 or depth != _depth(state_dict, "decoder_blocks."):
         raise CheckpointError(f"a tokenizer has as many encoder as decoder blocks, got {depth} and {_depth(state_dict, 'decoder_blocks.')}")
     names = set(state_dict)
     swiglu = "encoder_blocks.0.mlp.gate_proj.weight" in names
-    hidden = _size(state_dict, "encoder_blocks.0.mlp.up_proj.weight", 0)
+    hidden = matrix_shape(state_dict, "encoder_blocks.0.mlp.up_proj.weight")[0]
     order = qk_norm_order(names)
     return {
         "num_hidden_layers": depth,
@@ -247,47 +273,36 @@ def infer_deltatok_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, A
 
 
 def infer_deltaworld_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Arguments with which :class:`deltakern.DeltaWorld` (or DINOWorld) has exactly these weights, for heads of 64 channels.
-
-    Raises:
-        CheckpointError: no ``predictor.*`` in it.
-    """
-    if _kind(state_dict) != "world":
-        raise CheckpointError(f"expected the weights of {_KINDS['world']}, got {_KINDS[_kind(state_dict)]}")
-    width = _size(state_dict, "predictor.blocks.0.attention.q_proj.weight", 0)
+    """Arguments with which :class:`deltakern.DeltaWorld` (or DINOWorld) has exactly these weights, for heads of 64 channels, or a
+    :class:`CheckpointError` where there is no ``predictor.*``."""
+    _one_of(state_dict, "world")
+    width = matrix_shape(state_dict, "predictor.blocks.0.attention.q_proj.weight")[0]
     return {
         "predictor_hidden_size": width,
         "predictor_num_hidden_layers": _depth(state_dict, "predictor.blocks."),
         "predictor_num_heads": max(1, width // _HEAD),
         "use_bom": "q_embed.weight" not in state_dict,
-        "mlp_ratio": _size(state_dict, "predictor.blocks.0.mlp.up_proj.weight", 0) // width,
+        "mlp_ratio": matrix_shape(state_dict, "predictor.blocks.0.mlp.up_proj.weight")[0] // width,
     }
 
 
 def infer_backbone_shape(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """``hidden_size`` and ``num_heads`` (of 64 channels) of the backbone that a tokenizer's or world model's weights were made for.
-
-    Raises:
-        CheckpointError: weights of neither.
-    """
-    kind = _kind(state_dict)
-    if kind not in ("deltatok", "world"):
-        raise CheckpointError(f"expected the weights of {_KINDS['deltatok']} or {_KINDS['world']}, got {_KINDS[kind]}")
-    key = "z_embed.weight" if kind == "deltatok" else "predictor.blocks.0.attention.kv_proj.weight"
-    width = _size(state_dict, key, 1)
+    """``hidden_size`` and ``num_heads`` (of 64 channels) of the backbone that a tokenizer's or world model's weights were made for, or a
+    :class:`CheckpointError` for weights of neither."""
+    key = "z_embed.weight" if _one_of(state_dict, "deltatok", "world") == "deltatok" else "predictor.blocks.0.attention.kv_proj.weight"
+    width = matrix_shape(state_dict, key)[1]
     return {"hidden_size": width, "num_heads": max(1, width // _HEAD)}
 
 
 def read_dinov3(folder_or_repo_id: str | os.PathLike, *, local_files_only: bool = False) -> tuple[dict[str, Any], State]:
     """Config and weights of a DINOv3 ViT in Hugging Face's layout, from a folder or from the hub (extra ``[hf]``).
 
+    The config is ``config.json``, with ``image_mean`` and ``image_std`` of ``preprocessor_config.json`` where there is one; the weights
+    have this package's names (:func:`dinov3_names`).
+
     Args:
         folder_or_repo_id: folder with ``config.json`` and weights (one file or a sharded index), or "owner/name".
         local_files_only: take hub files from the local cache alone.
-
-    Returns:
-        ``config.json``, with ``image_mean`` and ``image_std`` of ``preprocessor_config.json`` where there is one, and the weights
-        under this package's names (:func:`dinov3_names`).
 
     Raises:
         FileNotFoundError: neither a folder nor a repository's name.
@@ -304,10 +319,7 @@ def read_dinov3(folder_or_repo_id: str | os.PathLike, *, local_files_only: bool 
     if (folder / "preprocessor_config.json").is_file():
         pixels = _json(folder / "preprocessor_config.json")
         config = {**{k: pixels[k] for k in ("image_mean", "image_std") if k in pixels}, **config}
-    found = _read_folder(folder)
-    if found.kind != "dinov3":
-        raise CheckpointError(f"{found.path}: this is {_KINDS[found.kind]}, expected {_KINDS['dinov3']}")
-    return config, dinov3_names(found.state_dict)
+    return config, dinov3_names(expect(_read_folder(folder), "dinov3").state_dict)
 
 
 def dinov3_names(state_dict: Mapping[str, torch.Tensor]) -> State:
@@ -353,62 +365,51 @@ def _kind(names: Iterable[str]) -> str:
     return "map_head" if {"bn.weight", "head.weight"} <= names else "other"
 
 
-def _group(key: str, kind: str) -> str | None:
-    """The part that a released file of this kind may leave out, to which a name belongs."""
-    if kind == "world":
-        if key.startswith(("backbone.", "tokenizer.backbone.")):
-            return key[: key.index("backbone.")] + "backbone"
-        return "tokenizer" if key.startswith("tokenizer.") else None
-    if kind == "deltatok":
-        return "backbone" if key.startswith("backbone.") else None
-    # A fixed table, rebuilt from its formula where a file lacks it.
-    return key if kind == "rgb_head" and key == "decoder_pos_embed" else None
+def _one_of(names: Iterable[str], *kinds: str) -> str:
+    if (kind := _kind(names)) not in kinds:
+        raise CheckpointError(f"expected the weights of {' or '.join(_KINDS[k] for k in kinds)}, got {_KINDS[kind]}")
+    return kind
 
 
-def _left_out(names: Iterable[str], given: Iterable[str], kind: str) -> set[str]:
-    present = {_group(k, kind) for k in given}
-    return {k for k in names if (group := _group(k, kind)) is not None and group not in present}
+def _part(key: str, kind: str) -> str | None:
+    """The part to which a name belongs and that a released file of this kind may leave out."""
+    found = re.match(_OPTIONAL[kind], key) if kind in _OPTIONAL else None
+    return found and found[0]
 
 
-def _released_layout(module: nn.Module) -> State:
-    state = {_clean(k): v for k, v in module.state_dict().items()}
-    kind = _kind(state)
-    return {k: v for k, v in state.items() if kind not in ("deltatok", "world") or _group(k, kind) is None}
+def _misfit(source: Checkpoint, ours: State, missing: list[str], unknown: list[str], misshaped: list[str]) -> Iterator[str]:
+    """The lines of a message on all that does not fit."""
+    theirs = source.state_dict
 
-
-def _fits(value: torch.Tensor, place: torch.Tensor) -> bool:
-    return value.shape == place.shape and value.is_floating_point() == place.is_floating_point()
-
-
-def _misfit(module, source: Checkpoint, shapes, unknown, missing, misshaped, wanted) -> str:
-    def described(key: str) -> str:
-        value = source.state_dict[key]
+    def described(value: torch.Tensor) -> str:
         return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else f" {str(value.dtype).removeprefix('torch.')}")
 
-    lines = [f"{source.path} does not fit {type(module).__name__}:"]
-    lines += [f"  missing ({len(missing)}):", *(f"    {k} {shapes[k]}" for k in missing)] if missing else []
-    lines += [f"  unknown ({len(unknown)}):", *(f"    {k} {described(k)}" for k in unknown)] if unknown else []
-    if misshaped:
-        lines += [f"  mis-shaped ({len(misshaped)}):", *(f"    {k}: file {described(k)}, model {shapes[k]}" for k in misshaped)]
-    infer = {"deltatok": infer_deltatok_config, "world": infer_deltaworld_config}.get(wanted)
-    if infer is not None:
-        try:
-            theirs, ours = infer(source.state_dict), infer({_clean(k): v for k, v in module.state_dict().items()})
-        except CheckpointError:  # too little of the model is there to say more
-            theirs = ours = {}
-        differ = [f"{k}={v!r}" for k, v in theirs.items() if ours.get(k) != v]
-        lines += [f"  the file was made with {', '.join(differ)}"] if differ else []
-    return "\n".join(lines)
+    for title, found in (
+        ("missing", [f"{k} {tuple(ours[k].shape)}" for k in missing]),
+        ("unknown", [f"{k} {described(theirs[k])}" for k in unknown]),
+        ("mis-shaped", [f"{k}: file {described(theirs[k])}, model {tuple(ours[k].shape)}" for k in misshaped]),
+    ):
+        if found:
+            yield f"  {title} ({len(found)}):"
+            yield from (f"    {line}" for line in found)
+    infer = {"deltatok": infer_deltatok_config, "world": infer_deltaworld_config}.get(_kind(ours), lambda _: {})
+    with contextlib.suppress(CheckpointError):  # too little of the model is there to say more
+        arguments = infer(ours)
+        if differ := [f"{k}={v!r}" for k, v in infer(theirs).items() if arguments.get(k) != v]:
+            yield f"  the file was made with {', '.join(differ)}"
 
 
 def _depth(names: Iterable[str], prefix: str) -> int:
     return len({k.removeprefix(prefix).partition(".")[0] for k in names if k.startswith(prefix)})
 
 
-def _size(state_dict: Mapping[str, torch.Tensor], key: str, axis: int) -> int:
-    if key not in state_dict or state_dict[key].ndim != 2:
-        raise CheckpointError(f"expected the matrix {key}, got {'another shape' if key in state_dict else 'no such name'}")
-    return state_dict[key].shape[axis]
+def matrix_shape(state_dict: Mapping[str, torch.Tensor], key: str, path: str = "") -> tuple[int, int]:
+    """(rows, columns) of a weight; a :class:`CheckpointError`, which names the file at ``path``, where it is no matrix."""
+    shape = tuple(state_dict[key].shape) if key in state_dict else ()
+    if len(shape) != 2:
+        got = f"shape {shape}" if key in state_dict else "no such name"
+        raise CheckpointError(f"{path and path + ': '}expected the matrix {key}, got {got}")
+    return shape
 
 
 def _read_file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -455,17 +456,7 @@ def _unreadable(problem: Exception, start: bytes) -> str:
 
 
 def _looks_like(start: bytes) -> str:
-    for magic, name in _FOREIGN:
-        if start.startswith(magic):
-            return name
-    if start[257:262] == b"ustar":
-        return "a tar archive"
-    text = start.lstrip()[:64].lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page; the download may have answered with a log-in or error page"
-    if text.startswith((b"{", b"[")):
-        return "JSON"
-    return f"something else (first bytes {start[:8].hex(' ')})"
+    return next((name for pattern, name in _FOREIGN if re.match(pattern, start)), f"something else (first bytes {start[:8].hex(' ')})")
 
 
 def _safetensors_bytes(tensors: State, metadata: dict[str, str]) -> bytes:
@@ -491,13 +482,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    for name in _WEIGHT_FILES:
-        if (folder / name).is_file():
-            return read(folder / name)
-        if (folder / f"{name}.index.json").is_file():
-            return _read_shards(folder / f"{name}.index.json")
-    wanted = ", ".join(n for name in _WEIGHT_FILES for n in (name, f"{name}.index.json"))
-    raise CheckpointError(f"{folder}: the folder holds none of {wanted}")
+    for path in (folder / name for name in _WEIGHT_FILES):
+        if path.is_file():
+            return _read_shards(path) if path.suffix == ".json" else read(path)
+    raise CheckpointError(f"{folder}: the folder holds none of {', '.join(_WEIGHT_FILES)}")
 
 
 def _read_shards(index: Path) -> Checkpoint:
@@ -529,19 +517,16 @@ def _from_hub(name: str, local_files_only: bool) -> Path:
         raise CheckpointError(
             f"{name}: no such file or folder; to fetch it from the Hugging Face hub, pip install 'deltakern[hf]' ({problem})"
         ) from problem
-    patterns = ["config.json", "preprocessor_config.json", *_WEIGHT_FILES, *(f"{n}.index.json" for n in _WEIGHT_FILES), "*-of-*"]
+    patterns = ["config.json", "preprocessor_config.json", *_WEIGHT_FILES, "*-of-*"]
+    unreached = "local_files_only=True" if local_files_only else "the hub could not be reached"
+    reasons = {  # the first that fits
+        errors.GatedRepoError: f"access is gated: accept the licence at https://huggingface.co/{name} and log in with `hf auth login`",
+        errors.LocalEntryNotFoundError: f"no such file or folder, and not in the local Hugging Face cache ({unreached})",
+        errors.RepositoryNotFoundError: "no such file or folder, nor a repository on the Hugging Face hub (or one you cannot see)",
+    }
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
-    except errors.GatedRepoError as problem:
-        raise CheckpointError(
-            f"{name}: access is gated: accept the licence at https://huggingface.co/{name} and log in with `hf auth login`"
-        ) from problem
-    except errors.LocalEntryNotFoundError as problem:
-        why = "local_files_only=True" if local_files_only else "the hub could not be reached"
-        raise CheckpointError(f"{name}: no such file or folder, and not in the local Hugging Face cache ({why})") from problem
-    except errors.RepositoryNotFoundError as problem:
-        raise CheckpointError(
-            f"{name}: no such file or folder, nor a repository on the Hugging Face hub (or one you cannot see)"
-        ) from problem
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as problem:
-        raise CheckpointError(f"{name}: could not be fetched from the Hugging Face hub: {problem}") from problem
+    except (*reasons, errors.HfHubHTTPError, errors.HFValidationError, OSError) as problem:
+        other = f"could not be fetched from the Hugging Face hub: {problem}"
+        reason = next((text for kind, text in reasons.items() if isinstance(problem, kind)), other)
+        raise CheckpointError(f"{name}: {reason}") from problem

@@ -92,9 +92,8 @@ class DeltaTok(Freezable, Part):
                 raise TypeError(f"backbone must have the attribute {name!r}, got {type(backbone).__name__} without it")
         if qk_norm_order not in QK_NORM_ORDERS:
             raise ValueError(f"qk_norm_order must be one of {QK_NORM_ORDERS}, got {qk_norm_order!r}")
-        weights = None
-        if ckpt_path:
-            weights = checkpoint.read(ckpt_path)
+        weights = checkpoint.read(ckpt_path) if ckpt_path else None
+        if weights is not None:
             qk_norm_order = weights.qk_norm_order or qk_norm_order
         self.ckpt_path = ckpt_path
         self.use_delta = use_delta
@@ -137,19 +136,14 @@ class DeltaTok(Freezable, Part):
 
     @one_call
     def encode(self, x: torch.Tensor, y: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """The delta token of every pair of frames.
+        """The delta token (B,1,D) of every pair of frames.
 
         Args:
-            x: (B,N,D) features of the earlier frame.
-            y: (B,N,D) features of the later frame.
+            x, y: (B,N,D) features of the earlier and of the later frame.
             rope: of :meth:`_rope`.
-
-        Returns:
-            (B,1,D).
         """
-        mode = "pair" if self.use_delta else "current"
-        z, roles = table(self.z_embed, 1, y.device), table(self.xy_embed, 2, y.device)
-        entry = Assembly(x if self.use_delta else None, y, z, roles, mode, self.residual_dtype)
+        x, mode = (x, "pair") if self.use_delta else (None, "current")
+        entry = Assembly(x, y, table(self.z_embed, 1, y.device), table(self.xy_embed, 2, y.device), mode, self.residual_dtype)
         last = len(self.encoder_blocks) - 1
         for i, block in enumerate(self.encoder_blocks):
             rows = "first" if i == last and self.savings.last_row else "all"
@@ -160,31 +154,20 @@ class DeltaTok(Freezable, Part):
 
     @one_call
     def decode(self, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """Features of the later frame from its delta token and the earlier frame.
+        """Features (B,N,D) of the later frame from its delta token and the earlier frame.
 
         Args:
             z: (B,1,D) delta tokens.
             x: (B,N,D) features of the earlier frame (their shape alone is read without ``use_delta``).
             rope: of :meth:`_rope`.
-
-        Returns:
-            (B,N,D).
         """
         return self._decode(z, x, rope)
 
     @one_call
     def decode_samples(self, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """:meth:`decode` of several delta tokens that all begin at the same frame.
+        """:meth:`decode` of s delta tokens (B,s,D) that all begin at the same frame (B,N,D): (B,s,N,D).
 
         Sequences [z_i ; x] differ in one row, so what the first block does before its attention is done of [z_1 .. z_s ; x] once.
-
-        Args:
-            z: (B,s,D) delta tokens.
-            x: (B,N,D) features of the earlier frame.
-            rope: of :meth:`_rope`.
-
-        Returns:
-            (B,s,N,D).
         """
         return self._decode(z, x, rope, samples=z.shape[1]).unflatten(0, z.shape[:2])
 
@@ -206,15 +189,11 @@ class DeltaTok(Freezable, Part):
 
     @one_call
     def tokenize_offline(self, x: torch.Tensor, y: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """Delta tokens of consecutive frames.
+        """Delta tokens (B,T,1,D) of consecutive frames: frame t is encoded against frame t-1, the first against ``x``.
 
         Args:
-            x: (B,N,D) features before the first frame.
-            y: (B,T,N,D) features.
+            x, y: features (B,N,D) before the first frame, and (B,T,N,D) of the frames.
             rope: of :meth:`_rope`.
-
-        Returns:
-            (B,T,1,D); frame t is encoded against frame t-1, the first against ``x``.
         """
         before = torch.cat((x.unsqueeze(1), y[:, :-1]), 1)
         return self.encode(before.flatten(0, 1), y.flatten(0, 1), rope).unflatten(0, y.shape[:2])
@@ -233,21 +212,17 @@ class DeltaTok(Freezable, Part):
 
     @one_call
     def black_features(self, frames: torch.Tensor) -> torch.Tensor:
-        """Features (B,N,D) of an all-black frame of the size, device and batch of ``frames``. Frozen, computed once
-        for each size; else once a call, for the whole batch."""
+        """Features (B,N,D) of a black frame of the size, device and batch of ``frames``. Frozen, computed once a size; else once a call."""
         batch = frames.shape[0]
         if not self.savings.black_frame:
             return self.features(torch.zeros_like(frames[:, :1]))[:, 0]
-        black = frames.new_zeros((1, 1, *frames.shape[2:]))
-
-        def make() -> torch.Tensor:
-            return self.features(black)[:, 0]
-
-        owner = self.backbone if isinstance(self.backbone, Freezable) else self
-        if not lasts(owner) or not settled(self.backbone):
-            return make().expand(batch, -1, -1)
-        key = ("black", black.shape, black.dtype, black.device, compute_dtype(black.device.type, torch.float32), *self.backbone.modules())
-        return derived(owner, key, [*self.backbone.parameters(), *self.backbone.buffers()], make).expand(batch, -1, -1)
+        black, backbone = frames.new_zeros((1, 1, *frames.shape[2:])), self.backbone
+        owner = backbone if isinstance(backbone, Freezable) else self
+        if not lasts(owner) or not settled(backbone):
+            return self.features(black)[:, 0].expand(batch, -1, -1)
+        key = ("black", black.shape, black.dtype, black.device, compute_dtype(black.device.type, torch.float32), *backbone.modules())
+        weights = [*backbone.parameters(), *backbone.buffers()]
+        return derived(owner, key, weights, lambda: self.features(black)[:, 0]).expand(batch, -1, -1)
 
     def _rope(self, frames: torch.Tensor) -> Rope:
         """Cosines and sines (N, D / heads) for the patches of frames (..., H, W); stretched at random while training."""
@@ -264,8 +239,7 @@ class DeltaTok(Freezable, Part):
 
         Args:
             frames: uint8 (B,T,3,H,W); further positional arguments (timestamps, criterion) are ignored.
-            horizon: in evaluation, how many last frames to reconstruct one after the other; all by default, beginning at the
-                black frame.
+            horizon: in evaluation, how many last frames to reconstruct one after the other; by default all, from the black frame.
 
         Returns:
             While training (reconstruction, target), each (B,N,D), of the last frame from the one before. In evaluation
@@ -274,25 +248,22 @@ class DeltaTok(Freezable, Part):
         Raises:
             ValueError: shape of the frames, fewer than 2 in training, horizon outside 1..T.
         """
+        check_frames(frames, self.backbone.patch_size, least=2 if self.training else 1)
         if self.training:
-            check_frames(frames, self.backbone.patch_size, least=2)
             features = self.features(frames[:, -2:])
             rope = self._rope(frames)
             z = self.encode(features[:, 0], features[:, 1], rope)
             return self.decode(z, features[:, 0], rope), features[:, 1]
-        check_frames(frames, self.backbone.patch_size)
         total = frames.shape[1]
         horizon = total if horizon is None else horizon
         check_positive(horizon=horizon)
         if horizon > total:
             raise ValueError(f"horizon must be at most the number of frames T={total}, got {horizon}")
-        state = self.rollout_init(frames, horizon)
-        predictions, targets = [], []
+        state, predictions = self.rollout_init(frames, horizon), []
         for t in range(total - horizon, total):
-            prediction, target, state = self.rollout_step(state, t)
+            prediction, _, state = self.rollout_step(state, t)
             predictions.append(prediction)
-            targets.append(target)
-        return torch.stack(predictions, 1), torch.stack(targets, 1), state["y"][:, : total - horizon]
+        return torch.stack(predictions, 1), state["y"][:, -horizon:].contiguous(), state["y"][:, :-horizon]
 
     @one_call
     def rollout_init(self, frames: torch.Tensor, horizon: int) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from torch import nn
 from deltakern import ops
 from deltakern.models import sampling
 from deltakern.models.deltatok import DeltaTok, Savings
-from deltakern.models.sampling import MEMORY_BUDGET, Futures, NoisePlan, Which
+from deltakern.models.predictor import Predictor
+from deltakern.models.sampling import MEMORY_BUDGET, Futures, Noise, Which
 from deltakern.models.stream import Stream
 from deltakern.models.validate import check_frames, check_positive
-from deltakern.models.world import World, axis_angles, rotate_axes
+from deltakern.models.world import NOTHING_CACHED, World, axis_angles, behind, rotate_axes
 from deltakern.nn import Residual
-from deltakern.nn.weights import hold, one_call, table
+from deltakern.nn.weights import hold, one_call
 
 
 class DeltaWorld(World):
@@ -55,24 +56,21 @@ class DeltaWorld(World):
     ) -> None:
         if len(rope_axis_sizes) != 1:
             raise ValueError(f"rope_axis_sizes must name one axis, time, got {tuple(rope_axis_sizes)}")
-        super().__init__(
-            tokenizer.backbone,
-            rope_axis_sizes=rope_axis_sizes,
-            predictor_hidden_size=predictor_hidden_size,
-            predictor_num_hidden_layers=predictor_num_hidden_layers,
-            predictor_num_heads=predictor_num_heads,
-            use_bom=use_bom,
-            num_samples_train=num_samples_train,
-            num_samples_eval=num_samples_eval,
-            layer_scale_init=layer_scale_init,
-            rope_unrotated_size=rope_unrotated_size,
-            mlp_ratio=mlp_ratio,
-            savings=savings,
-            candidate_chunk=candidate_chunk,
-        )
+        super().__init__(tokenizer.backbone, predictor_hidden_size, use_bom, num_samples_train, num_samples_eval, savings, candidate_chunk)
+        self.rope_axis_sizes = tuple(rope_axis_sizes)
         self.tokenizer = hold(tokenizer)
         self.backbone = tokenizer.backbone
-        self.predictor = self._make_predictor()
+        self.predictor = Predictor(
+            self.backbone.hidden_size,
+            self.initializer_range,
+            rope_axis_sizes,
+            rope_unrotated_size,
+            layer_scale_init,
+            predictor_hidden_size,
+            predictor_num_hidden_layers,
+            predictor_num_heads,
+            mlp_ratio,
+        )
         self._graphs = sampling.Graphs()
 
     def _rotate(self, time: torch.Tensor):
@@ -80,31 +78,24 @@ class DeltaWorld(World):
         angles = axis_angles(time, self.rope_axis_sizes[0])[:, :, None]
         return lambda k: rotate_axes(k, [angles])
 
-    def _mix(self, q_time: torch.Tensor, visible: torch.Tensor | None = None, own=None):
+    def _mix(self, q_time: torch.Tensor, visible: torch.Tensor | None = None, own=(None, None)):
         """Attention of unrotated queries over rotated keys; ``own`` is keys and values (B,Q,J,H,d) of each query."""
-        own_k, own_v = (None, None) if own is None else own
-        return lambda q, k, v: ops.context_attention(
-            q, k, v, q_time, None, visible, own_k=own_k, own_v=own_v, rope_size=self.rope_axis_sizes[0]
-        )
+        more = {"own_k": own[0], "own_v": own[1], "rope_size": self.rope_axis_sizes[0]}
+        return lambda q, k, v: ops.context_attention(q, k, v, q_time, None, visible, **more)
 
     @one_call
     def predict(self, tokens: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Next delta tokens after every prefix of a clip's tokens (teacher forcing).
+        """Next delta tokens after every prefix of a clip's tokens (teacher forcing): (B,T-1,K,D), of frames 1..T-1.
 
         Args:
-            tokens: (B,T-1,D) delta tokens of frames 0..T-2.
-            timestamps: (B,T) seconds.
+            tokens, timestamps: (B,T-1,D) delta tokens of frames 0..T-2, and (B,T) seconds.
             queries: (B,T-1,K,D); those of frame t see tokens 0..t-1.
-
-        Returns:
-            (B,T-1,K,D) predictions of the tokens of frames 1..T-1.
         """
         return self._predict(tokens, timestamps, queries)
 
     def _predict(self, tokens, timestamps, queries, *, head: bool = True) -> torch.Tensor | Residual:
         """:meth:`predict`; without the head the predictor's last stream and branch, (B,T-1,K,D) each."""
-        visible = torch.arange(1, timestamps.shape[1], device=tokens.device)
-        mix = self._mix(timestamps[:, 1:], visible)
+        mix = self._mix(timestamps[:, 1:], torch.arange(1, timestamps.shape[1], device=tokens.device))
         out = self.predictor(queries.flatten(1, 2), tokens, self._rotate(timestamps[:, :-1]), mix, head=head)
         return out.unflatten(1, queries.shape[1:3])
 
@@ -124,87 +115,48 @@ class DeltaWorld(World):
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The training pass from delta tokens (B,T,D): (prediction, target), each (B,T-1,D). See :meth:`forward`."""
-        batch, total = tokens.shape[:2]
         past, target = tokens[:, :-1], tokens[:, 1:]
-        if self.use_bom:
-            if queries is None:
-                portions = self._candidate_noise(batch, total - 1, tokens, generator)
-            else:
-                count = queries.shape[2] if isinstance(queries, torch.Tensor) and queries.ndim == 4 else -1
-                self._check_queries(queries, (batch, total - 1, count), "(B,T-1,K,D)")
-                portions = (queries,)
-            best = self._best_queries(portions, lambda q: self._predict(past, timestamps, q, head=False), target, criterion, 1)
-        else:
-            best = table(self.q_embed, 1, tokens.device).expand(batch, total - 1, -1)
+        best = self._training_queries(lambda q: self._predict(past, timestamps, q, head=False), target, criterion, queries, generator)
         return self.predict(past, timestamps, best.unsqueeze(2)).squeeze(2), target
+
+    @torch.no_grad()
+    def _context(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
+        """Features ``y`` of all frames, ``rope``, ``tokens`` of the first ``ctx_len``."""
+        y, rope = self.tokenizer.features(frames), self.tokenizer._rope(frames)
+        tokens = self.tokenizer.tokenize_offline(self.tokenizer.black_features(frames), y[:, :ctx_len], rope).squeeze(2)
+        return {"y": y, "rope": rope, "tokens": tokens}
 
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
         """State of a rollout: features ``y`` of all frames, ``tokens`` of the context, every sample's last features ``x`` and
         its own generated tokens ``own``."""
-        with torch.no_grad():
-            y = self.tokenizer.features(frames)
-            rope = self.tokenizer._rope(frames)
-            tokens = self.tokenizer.tokenize_offline(self.tokenizer.black_features(frames), y[:, :ctx_len], rope).squeeze(2)
-        samples = self.num_samples
-        x = y[:, ctx_len - 1, None].expand(-1, samples, -1, -1).flatten(0, 1)
-        own = tokens.new_empty((tokens.shape[0], samples, 0, tokens.shape[2]))
-        return {"y": y, "rope": rope, "tokens": tokens, "own": own, "x": x, "context": None, "own_kv": None, "weights": None}
+        found, samples = self._context(frames, ctx_len), self.num_samples
+        x = found["y"][:, ctx_len - 1, None].expand(-1, samples, -1, -1).flatten(0, 1)
+        own = found["tokens"].new_empty((frames.shape[0], samples, 0, x.shape[2]))
+        return {**found, "own": own, "x": x, **NOTHING_CACHED}
 
-    @one_call
-    def rollout_step(
-        self,
-        state: dict[str, Any],
-        tgt_frame_idx: int,
-        timestamps: torch.Tensor,
-        *,
-        queries: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Predicts frame ``tgt_frame_idx`` for every sample: (features (B*S,N,D), target (B,N,D), state).
-
-        Args:
-            state: of :meth:`rollout_init` or of the step before.
-            tgt_frame_idx: index of the frame; context and generated tokens must be those of all frames before it.
-            timestamps: (B,T) seconds.
-            queries: (B,S,D) noise, instead of drawing it.
-            generator: draws the noise.
-
-        Raises:
-            ValueError: another frame than the next, shapes. StaleCacheError: the predictor's weights changed since the first step.
-        """
+    def _step(self, state: dict[str, Any], q: torch.Tensor, frame: int, timestamps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         tokens, own = state["tokens"], state["own"]
-        batch, context = tokens.shape[:2]
-        samples, generated = own.shape[1:3]
-        if tgt_frame_idx != context + generated:
-            raise ValueError(f"tgt_frame_idx must be {context + generated}, the next frame of this state, got {tgt_frame_idx}")
-        q = self._step_queries(batch, queries, tokens, generator)
-        q_time = timestamps[:, tgt_frame_idx : tgt_frame_idx + 1]
+        batch, samples, generated = own.shape[:3]
+        q_time = timestamps[:, frame : frame + 1]
         if self.savings.context_cache:
             cached, own_kv = state["context"], state["own_kv"]
             if cached is None:
-                cached = self.predictor.keys_values(tokens, self._rotate(timestamps[:, :context]))
-            weights = self._same_weights(state["weights"])
+                cached = self.predictor.keys_values(tokens, self._rotate(timestamps[:, : tokens.shape[1]]))
             if generated:
-                own_kv = self._append(own_kv, own[:, :, -1], timestamps[:, tgt_frame_idx - 1 : tgt_frame_idx])
+                fresh = self.predictor.keys_values(own[:, :, -1], self._rotate(timestamps[:, frame - 1 : frame]))
+                fresh = [(k[:, :, None], v[:, :, None]) for k, v in fresh]
+                own_kv = fresh if own_kv is None else behind(own_kv, fresh, 2)
             mix = [self._mix(q_time, own=kv) for kv in own_kv] if own_kv else self._mix(q_time)
             predicted = self.predictor(q, cached, None, mix)
-            state = {**state, "context": cached, "own_kv": own_kv, "weights": weights}
+            state = {**state, "context": cached, "own_kv": own_kv}
         else:
             memory = torch.cat((tokens[:, None].expand(-1, samples, -1, -1), own), 2).flatten(0, 1)
-            times = timestamps[:, None].expand(-1, samples, -1).flatten(0, 1)
-            rotate, mix = self._rotate(times[:, :tgt_frame_idx]), self._mix(times[:, tgt_frame_idx : tgt_frame_idx + 1])
+            times = timestamps.repeat_interleave(samples, 0)
+            rotate, mix = self._rotate(times[:, :frame]), self._mix(times[:, frame : frame + 1])
             predicted = self.predictor(q.flatten(0, 1)[:, None], memory, rotate, mix).view(batch, samples, -1)
         features = self.tokenizer.decode(predicted.flatten(0, 1)[:, None], state["x"], state["rope"])
         appended = torch.cat((own, predicted.detach()[:, :, None].to(own.dtype)), 2)
-        return features, state["y"][:, tgt_frame_idx], {**state, "own": appended, "x": features.detach()}
-
-    def _append(self, own_kv, token: torch.Tensor, time: torch.Tensor):
-        """Keys and values of one more generated token a sample, (B,S,D) at times (B,1), behind those that there are."""
-        fresh = self.predictor.keys_values(token, self._rotate(time))
-        fresh = [(k[:, :, None], v[:, :, None]) for k, v in fresh]
-        if own_kv is None:
-            return fresh
-        return [(torch.cat((k0, k), 2), torch.cat((v0, v), 2)) for (k0, v0), (k, v) in zip(own_kv, fresh, strict=True)]
+        return features, {**state, "own": appended, "x": features.detach()}
 
     @torch.no_grad()
     @one_call
@@ -248,25 +200,14 @@ class DeltaWorld(World):
         if not isinstance(z, torch.Tensor) or z.ndim != 3 or z.shape[1] == 0 or z.shape[2] != self.backbone.hidden_size:
             got = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
             raise ValueError(f"z must be (B,C,D) delta tokens with C at least 1 and D={self.backbone.hidden_size}, got {got}")
-        num_samples = self.num_samples if num_samples is None else num_samples
-        check_positive(horizon=horizon, num_samples=num_samples, memory_budget=memory_budget)
-        batch, context = z.shape[:2]
-        sampling.check_times(timestamps, (batch, context + horizon), "(B,C+h)")
-        sampling.warn_of_long_context(context)
-        timestamps = timestamps.to(z.device)
-        shape = (batch, num_samples, horizon)
-        plan = NoisePlan(self, shape, z, queries=queries, generator=generator, seed=seed, noise=noise)
-        return sampling.sample(
-            self,
-            self.predictor.project(z),
-            timestamps[:, :context],
-            timestamps[:, context:],
-            num_samples,
-            plan,
-            z,
-            memory_budget=memory_budget,
-            cuda_graph=cuda_graph,
-        )
+        check_positive(horizon=horizon)
+        sampling.check_times(timestamps, (z.shape[0], z.shape[1] + horizon), "(B,C+h)")
+        return self._sample(z, timestamps, num_samples, Noise(queries, generator, seed, noise), memory_budget, cuda_graph)
+
+    def _sample(self, z, timestamps, num_samples, noise: Noise, memory_budget: int, cuda_graph: bool) -> torch.Tensor:
+        sampling.warn_of_long_context(z.shape[1])
+        memory, timestamps = self.predictor.project(z), timestamps.to(z.device)
+        return sampling.sample(self, z, memory, timestamps, num_samples, noise, memory_budget, cuda_graph)
 
     @torch.no_grad()
     @one_call
@@ -287,7 +228,7 @@ class DeltaWorld(World):
             which: "all" samples and frames; "last": of all samples the last frame; or indices of samples, an int, (K,), or (B,K),
                 of which all frames are decoded; or a function of the tokens that returns such indices.
             size: (height, width) of the frames in pixels; by default N patches are taken as a square.
-            memory_budget: bytes that are used at once besides inputs and results.
+            memory_budget: as in :meth:`sample`.
 
         Returns:
             (B,K,F,N,D), F = h or 1, in the order of the indices. Frames come one after the other, so that a sample's last
@@ -302,12 +243,11 @@ class DeltaWorld(World):
         indices = sampling.chosen_samples(which, tokens)
         if indices is None:
             raise ValueError("which must name samples to decode, got 'none'")
-        height, width = sampling.grid_size(features.shape[1], size, self.backbone.patch_size)
+        size = sampling.grid_size(features.shape[1], size, self.backbone.patch_size)
         picked = tokens.gather(1, indices[:, :, None, None].expand(-1, -1, *tokens.shape[2:]))
-        rope = self.tokenizer._rope(features.new_empty((1, 1)).expand(height, width))
-        return sampling.decode(
-            self.tokenizer, picked, features, rope, last_only=isinstance(which, str) and which == "last", memory_budget=memory_budget
-        )
+        rope = self.tokenizer._rope(features.new_empty((1, 1)).expand(size))
+        last_only = isinstance(which, str) and which == "last"
+        return sampling.decode(self.tokenizer, picked, features, rope, last_only=last_only, memory_budget=memory_budget)
 
     @torch.no_grad()
     @one_call
@@ -328,38 +268,21 @@ class DeltaWorld(World):
     ) -> Futures:
         """Futures of a clip of context frames: sampled as tokens, decoded as far as asked for.
 
+        :meth:`decode` makes further features of their ``tokens``, ``last`` and ``size``.
+
         Args:
             frames: uint8 (B,C,3,H,W), the context alone.
-            timestamps: (B,C+h) seconds, of the context and of the frames to predict.
             decode: what to decode, as ``which`` of :meth:`decode`, or "none".
-            The rest as in :meth:`sample`.
-
-        Returns:
-            :class:`deltakern.models.Futures`; :meth:`decode` makes further features of its tokens, ``last`` and ``size``.
-
-        Raises:
-            As :meth:`sample` and :meth:`decode`.
+            The rest, and what is raised, as in :meth:`sample` and :meth:`decode`.
         """
         check_frames(frames, self.backbone.patch_size)
         check_positive(horizon=horizon)
         sampling.check_times(timestamps, (frames.shape[0], frames.shape[1] + horizon), "(B,C+h)")
-        features = self.tokenizer.features(frames)
-        rope = self.tokenizer._rope(frames)
-        context = self.tokenizer.tokenize_offline(self.tokenizer.black_features(frames), features, rope).squeeze(2)
-        tokens = self.sample(
-            context,
-            timestamps,
-            horizon,
-            num_samples,
-            generator=generator,
-            queries=queries,
-            seed=seed,
-            noise=noise,
-            memory_budget=memory_budget,
-            cuda_graph=cuda_graph,
-        )
-        last, size = features[:, -1].clone(), tuple(frames.shape[-2:])
-        return self._futures(tokens, last, size, timestamps[:, -horizon:], context, decode, memory_budget)
+        found = self._context(frames, frames.shape[1])
+        noise = Noise(queries, generator, seed, noise)
+        tokens = self._sample(found["tokens"], timestamps, num_samples, noise, memory_budget, cuda_graph)
+        last, size = found["y"][:, -1].clone(), tuple(frames.shape[-2:])
+        return self._futures(tokens, last, size, timestamps[:, -horizon:], found["tokens"], decode, memory_budget)
 
     def _futures(self, tokens, last, size, times, context, which: Which, memory_budget: int) -> Futures:
         """Decodes what ``which`` names."""

@@ -44,19 +44,15 @@ class DINOv3Config:
         Raises:
             ValueError: the file describes an architecture that this ViT is not (a key bias, another activation).
         """
-        if config.get("model_type", "dinov3_vit") != "dinov3_vit":
-            raise ValueError(f"config.json: model_type must be 'dinov3_vit', got {config['model_type']!r}")
         fixed = {
-            "key_bias": (False,),
-            "query_bias": (True,),
-            "value_bias": (True,),
-            "proj_bias": (True,),
-            "mlp_bias": (True,),
-            "hidden_act": ("silu",) if config.get("use_gated_mlp") else ("gelu",),
+            "model_type": "dinov3_vit",
+            "key_bias": False,
+            **dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), True),
+            "hidden_act": "silu" if config.get("use_gated_mlp") else "gelu",
         }
-        for key, allowed in fixed.items():
-            if config.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"config.json: {key} must be {allowed[0]!r}, got {config[key]!r}")
+        for key, value in fixed.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"config.json: {key} must be {value!r}, got {config[key]!r}")
         known = {f.name for f in fields(cls)}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known})
 
@@ -101,10 +97,14 @@ class _Embeddings(nn.Module):
         return torch.cat((prefix.expand(patches.shape[0], -1, -1), patches), 1)
 
 
-class _Layers(nn.Module):
-    def __init__(self, config: DINOv3Config, attention: str) -> None:
+class VisionTransformer(nn.Module):
+    """DINOv3's ViT: pixels (M,3,H,W), normalised, to the normed patch tokens (M,N,D). Modules are named as in the released files."""
+
+    def __init__(self, config: DINOv3Config, attention: str = "auto") -> None:
         super().__init__()
-        self.layer = nn.ModuleList(
+        self.config = config
+        self.embeddings = _Embeddings(config)
+        layers = nn.ModuleList(
             Block(
                 config.hidden_size,
                 config.num_attention_heads,
@@ -116,16 +116,7 @@ class _Layers(nn.Module):
             )
             for _ in range(config.num_hidden_layers)
         )
-
-
-class VisionTransformer(nn.Module):
-    """DINOv3's ViT: pixels (M,3,H,W), normalised, to the normed patch tokens (M,N,D). Modules are named as in the released files."""
-
-    def __init__(self, config: DINOv3Config, attention: str = "auto") -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = _Embeddings(config)
-        self.model = _Layers(config, attention)
+        self.model = nn.ModuleDict({"layer": layers})
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self._tables: tuple[Any, Rope] | None = None
         for module in self.modules():
@@ -152,7 +143,7 @@ class VisionTransformer(nn.Module):
         # Autocast's convolution leaves bf16; the residual stream stays in the parameters' dtype, as LayerScale would make it.
         entry = Residual(tokens.to(self.embeddings.cls_token.dtype))
         rope = self._rope(pixels)
-        for block in self.model.layer:
+        for block in self.model["layer"]:
             entry = block(entry, rope, num_prefix=prefix)
         return add_and_norm(entry.rows(slice(prefix, None)), self.norm, None)[1]
 
@@ -219,13 +210,7 @@ class DINOv3(Freezable, Part):
     @torch.no_grad()
     @one_call
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Features of every frame.
-
-        Args:
-            frames: uint8 (B,T,3,H,W), H and W multiples of the patch size.
-
-        Returns:
-            (B,T,N,D) in the parameters' dtype.
+        """Features (B,T,N,D), in the parameters' dtype, of uint8 frames (B,T,3,H,W), H and W multiples of the patch size.
 
         Raises:
             TypeError: not uint8. ValueError: the shape.

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from deltakern.models.deltatok import Savings
+from deltakern.models.predictor import Predictor
 from deltakern.models.validate import check_frames
-from deltakern.models.world import World, axis_angles, rotate_axes
+from deltakern.models.world import NOTHING_CACHED, World, axis_angles, behind, rotate_axes
 from deltakern.nn import Residual, attend
-from deltakern.nn.weights import hold, one_call, table
+from deltakern.nn.weights import hold
 
 
 class DINOWorld(World):
@@ -30,6 +31,7 @@ class DINOWorld(World):
     """
 
     stay_evaluating = ("backbone",)
+    _dense = True
 
     def __init__(
         self,
@@ -50,46 +52,34 @@ class DINOWorld(World):
     ) -> None:
         if len(rope_axis_sizes) != 3:
             raise ValueError(f"rope_axis_sizes must name three axes, time, x and y, got {tuple(rope_axis_sizes)}")
-        super().__init__(
-            backbone,
-            rope_axis_sizes=rope_axis_sizes,
-            predictor_hidden_size=predictor_hidden_size,
-            predictor_num_hidden_layers=predictor_num_hidden_layers,
-            predictor_num_heads=predictor_num_heads,
-            use_bom=use_bom,
-            num_samples_train=num_samples_train,
-            num_samples_eval=num_samples_eval,
-            layer_scale_init=layer_scale_init,
-            rope_unrotated_size=rope_unrotated_size,
-            mlp_ratio=mlp_ratio,
-            savings=savings,
-            candidate_chunk=candidate_chunk,
-        )
+        super().__init__(backbone, predictor_hidden_size, use_bom, num_samples_train, num_samples_eval, savings, candidate_chunk)
+        self.rope_axis_sizes = tuple(rope_axis_sizes)
         self.backbone = hold(backbone)
-        self.predictor = self._make_predictor()
+        self.predictor = Predictor(
+            backbone.hidden_size,
+            self.initializer_range,
+            rope_axis_sizes,
+            rope_unrotated_size,
+            layer_scale_init,
+            predictor_hidden_size,
+            predictor_num_hidden_layers,
+            predictor_num_heads,
+            mlp_ratio,
+        )
 
     def _features(self, frames: torch.Tensor) -> torch.Tensor:
         check_frames(frames, self.backbone.patch_size)
         with torch.no_grad():
             return self.backbone(frames)
 
-    def _angles(self, frames: torch.Tensor, time: torch.Tensor) -> list[torch.Tensor]:
-        """Angles of the three axes at every patch of frames at the given times (B,T): time (B,T,1,a), x and y (1,1,N,a)."""
+    def _rotate(self, frames: torch.Tensor, time: torch.Tensor, candidates: int = 1):
+        """Rotation of keys or queries (B,T*K*N,H,d), of K candidates at every patch of frames at times (B,T)."""
         rows, columns = (size // self.backbone.patch_size for size in frames.shape[-2:])
         lines = (torch.linspace(-1, 1, n, device=frames.device) for n in (rows, columns))
         y, x = (grid.flatten()[None, None] for grid in torch.meshgrid(*lines, indexing="ij"))
-        time_size, x_size, y_size = self.rope_axis_sizes
-        return [axis_angles(time, time_size)[:, :, None], axis_angles(x, x_size), axis_angles(y, y_size)]
-
-    def _rotate(self, frames: torch.Tensor, time: torch.Tensor):
-        """Rotation of keys (B,T*N,H,d) of frames at times (B,T)."""
-        angles = [a[..., None, :] for a in self._angles(frames, time)]
-        return lambda k: rotate_axes(k.unflatten(1, (time.shape[1], angles[1].shape[2])), angles).flatten(1, 2)
-
-    def _rotated_queries(self, q: torch.Tensor, frames: torch.Tensor, time: torch.Tensor, candidates: int) -> torch.Tensor:
-        """(B,G*K*N,H,d) queries of G frames at times (B,G), K candidates each, to rotated (B,G,K*N,H,d)."""
-        angles = [a[:, :, None, :, None] for a in self._angles(frames, time)]
-        return rotate_axes(q.unflatten(1, (time.shape[1], candidates, -1)), angles).flatten(2, 3)
+        places = zip((time[..., None], x, y), self.rope_axis_sizes, strict=True)
+        angles = [axis_angles(place, size)[:, :, None, :, None] for place, size in places]
+        return lambda k: rotate_axes(k.unflatten(1, (time.shape[1], candidates, rows * columns)), angles).flatten(1, 3)
 
     def _predict(
         self, frames: torch.Tensor, past: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor, *, head: bool = True
@@ -102,7 +92,7 @@ class DINOWorld(World):
         patches = past.shape[1] // groups
 
         def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            q = self._rotated_queries(q, frames, timestamps[:, 1:], candidates)
+            q = self._rotate(frames, timestamps[:, 1:], candidates)(q).unflatten(1, (groups, -1))
             seen = [patches * (g + 1) for g in range(groups)]
             return torch.cat([attend(q[:, g], k[:, :n], v[:, :n]) for g, n in enumerate(seen)], 1)
 
@@ -112,71 +102,35 @@ class DINOWorld(World):
 
     def _forward_train(self, frames, timestamps, criterion, queries, generator) -> tuple[torch.Tensor, torch.Tensor]:
         y = self._features(frames)
-        batch, total = y.shape[:2]
         past, target = y[:, :-1].flatten(1, 2), y[:, 1:]
-        if self.use_bom:
-            if queries is None:
-                portions = self._candidate_noise(batch, total - 1, y, generator)
-            else:
-                self._check_queries(queries, (batch, total - 1, queries.shape[2] if queries.ndim == 4 else -1), "(B,T-1,K,D)")
-                portions = (queries,)
-            best = self._best_queries(portions, lambda q: self._predict(frames, past, timestamps, q, head=False), target, criterion, 2)
-        else:
-            best = table(self.q_embed, 1, y.device).expand(batch, total - 1, -1)
+        best = self._training_queries(
+            lambda q: self._predict(frames, past, timestamps, q, head=False), target, criterion, queries, generator
+        )
         return self._predict(frames, past, timestamps, best[:, :, None])[:, :, 0], target
 
     def rollout_init(self, frames: torch.Tensor, ctx_len: int) -> dict[str, Any]:
         """State of a rollout: features ``y`` of all frames, the context's ``tokens`` (B,C*N,D) and every sample's ``own`` (B*S,J*N,D)."""
         y = self._features(frames)
         own = y.new_empty((y.shape[0] * self.num_samples, 0, y.shape[3]))
-        return {
-            "y": y,
-            "frames": frames[:, :1],
-            "tokens": y[:, :ctx_len].flatten(1, 2),
-            "own": own,
-            "context": None,
-            "own_kv": None,
-            "weights": None,
-        }
+        return {"y": y, "frames": frames[:, :1], "tokens": y[:, :ctx_len].flatten(1, 2), "own": own, **NOTHING_CACHED}
 
-    @one_call
-    def rollout_step(
-        self,
-        state: dict[str, Any],
-        tgt_frame_idx: int,
-        timestamps: torch.Tensor,
-        *,
-        queries: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Predicts frame ``tgt_frame_idx`` for every sample: (features (B*S,N,D), target (B,N,D), state). See DeltaWorld."""
+    def _step(self, state: dict[str, Any], q: torch.Tensor, frame: int, timestamps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         frames, tokens, own, samples = state["frames"], state["tokens"], state["own"], self.num_samples
-        batch, patches = tokens.shape[0], state["y"].shape[2]
-        context, generated = tokens.shape[1] // patches, own.shape[1] // patches
-        if tgt_frame_idx != context + generated:
-            raise ValueError(f"tgt_frame_idx must be {context + generated}, the next frame of this state, got {tgt_frame_idx}")
-        times = timestamps[:, None].expand(-1, samples, -1).flatten(0, 1)
+        patches = state["y"].shape[2]
+        context = tokens.shape[1] // patches
+        times = timestamps.repeat_interleave(samples, 0)
         cached, own_kv = state["context"], state["own_kv"]
         if cached is None or not self.savings.context_cache:
             cached = self.predictor.keys_values(tokens, self._rotate(frames, timestamps[:, :context]))
-            own_kv = self.predictor.keys_values(own, self._rotate(frames, times[:, context:tgt_frame_idx]))
-        elif generated:
-            fresh = self.predictor.keys_values(own[:, -patches:], self._rotate(frames, times[:, tgt_frame_idx - 1 : tgt_frame_idx]))
-            own_kv = _behind(own_kv, fresh)
-        weights = self._same_weights(state["weights"] if self.savings.context_cache else None)
-        memory = _behind([tuple(t.repeat_interleave(samples, 0) for t in kv) for kv in cached], own_kv)
-        q_time = times[:, tgt_frame_idx : tgt_frame_idx + 1]
-        q = self._step_queries(batch, queries, tokens, generator).flatten(0, 1)[:, None].expand(-1, patches, -1)
+            own_kv = self.predictor.keys_values(own, self._rotate(frames, times[:, context:frame]))
+        elif own.shape[1]:
+            own_kv = behind(own_kv, self.predictor.keys_values(own[:, -patches:], self._rotate(frames, times[:, frame - 1 : frame])), 1)
+        memory = behind([tuple(t.repeat_interleave(samples, 0) for t in kv) for kv in cached], own_kv, 1)
+        q = q.flatten(0, 1)[:, None].expand(-1, patches, -1)
 
         def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attend(self._rotated_queries(q, frames, q_time, 1)[:, 0], k, v)
+            return attend(self._rotate(frames, times[:, frame : frame + 1])(q), k, v)
 
         features = self.predictor(q, memory, None, mix)
         appended = torch.cat((own, features.detach().to(own.dtype)), 1)
-        state = {**state, "own": appended, "context": cached, "own_kv": own_kv, "weights": weights}
-        return features, state["y"][:, tgt_frame_idx], state
-
-
-def _behind(past, fresh):
-    """Keys and values of every block, those of ``fresh`` behind those of ``past``."""
-    return [tuple(torch.cat(pair, 1) for pair in zip(a, b, strict=True)) for a, b in zip(past, fresh, strict=True)]
+        return features, {**state, "own": appended, "context": cached, "own_kv": own_kv}

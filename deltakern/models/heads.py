@@ -7,8 +7,7 @@ the models, (..., N, D), become such a map by :func:`feature_map`.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltakern.models import checkpoint
+from deltakern.models.checkpoint import Source
 from deltakern.models.validate import check_positive
 from deltakern.nn import attend
 
 KITTI_DEPTHS = (1e-3, 80.0)  # metres, of the released depth head
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HEAD_WIDTH = 72  # channels of an attention head in the released RGB head
-
-Source = str | os.PathLike | checkpoint.Checkpoint | Mapping[str, torch.Tensor]
 
 
 def feature_map(features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -37,19 +35,39 @@ def feature_map(features: torch.Tensor, rows: int, columns: int) -> torch.Tensor
     return features.reshape(-1, rows * columns, features.shape[-1]).transpose(1, 2).unflatten(2, (rows, columns))
 
 
-class SegHead(nn.Module):
+class _MapHead(nn.Module):
+    """BatchNorm and a 1x1 convolution."""
+
+    def __init__(self, in_size: int, out_size: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(in_size)
+        self.head = nn.Conv2d(in_size, out_size, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (B,D,h,w) to (B,out,h,w): the logits of a segmentation, to be resized bilinearly to the labels."""
+        _check_map(x, self.bn.num_features)
+        return self.head(self.bn(x))
+
+    @staticmethod
+    def _sizes(source: Source, what: str) -> tuple[checkpoint.Checkpoint, int, int]:
+        """A released file of such a head, its D and its number of outputs."""
+        found = checkpoint.expect(source, "map_head", what)
+        shape = tuple(found.state_dict["head.weight"].shape)
+        if len(shape) != 4:
+            raise checkpoint.CheckpointError(f"{found.path}: head.weight must be (out,D,1,1), got {shape}")
+        return found, shape[1], shape[0]
+
+
+class SegHead(_MapHead):
     """Segmentation: BatchNorm and a 1x1 convolution to logits. Released for VSPW (124 classes) and Cityscapes (19).
 
     Args:
-        in_size: D.
-        num_classes: of the logits.
+        in_size, num_classes: D, and the number of logits.
     """
 
     def __init__(self, in_size: int, num_classes: int) -> None:
-        super().__init__()
         check_positive(in_size=in_size, num_classes=num_classes)
-        self.bn = nn.BatchNorm2d(in_size)
-        self.head = nn.Conv2d(in_size, num_classes, 1)
+        super().__init__(in_size, num_classes)
 
     @classmethod
     def from_checkpoint(cls, source: Source) -> SegHead:
@@ -58,48 +76,35 @@ class SegHead(nn.Module):
         Raises:
             deltakern.models.checkpoint.CheckpointError: another model's file.
         """
-        found = _read(source, "map_head", "a segmentation head")
-        return _loaded(cls(_in_size(found), found.state_dict["head.weight"].shape[0]), found)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Features (B,D,h,w) to logits (B,classes,h,w); resize these bilinearly to the labels."""
-        _check_map(x, self.bn.num_features)
-        return self.head(self.bn(x))
+        found, in_size, classes = cls._sizes(source, "a segmentation head")
+        return _loaded(cls(in_size, classes), found)
 
 
-class DepthHead(nn.Module):
+class DepthHead(_MapHead):
     """Depth: BatchNorm and a 1x1 convolution to bins of depth, whose normalised activations weigh the bins' depths.
 
     Args:
-        in_size: D.
+        in_size, num_bins: D, and the number of bins.
         min_depth, max_depth: of the first and last bin, metres; between them the bins are evenly spaced.
-        num_bins: of depth.
     """
 
     def __init__(self, in_size: int, min_depth: float, max_depth: float, num_bins: int = 256) -> None:
-        super().__init__()
         check_positive(in_size=in_size, num_bins=num_bins)
         if not 0 <= min_depth < max_depth < math.inf:
             raise ValueError(f"min_depth and max_depth must be 0 <= min_depth < max_depth, got {min_depth} and {max_depth}")
-        self.bn = nn.BatchNorm2d(in_size)
-        self.head = nn.Conv2d(in_size, num_bins, 1)
+        super().__init__(in_size, num_bins)
         self.min_depth = min_depth
         self.max_depth = max_depth
 
     @classmethod
     def from_checkpoint(cls, source: Source, min_depth: float = KITTI_DEPTHS[0], max_depth: float = KITTI_DEPTHS[1]) -> DepthHead:
-        """The head of a released file, in evaluation mode; its sizes are those of the weights, the range of depth is not in the file.
-
-        Raises:
-            deltakern.models.checkpoint.CheckpointError: another model's file.
-        """
-        found = _read(source, "map_head", "a depth head")
-        return _loaded(cls(_in_size(found), min_depth, max_depth, found.state_dict["head.weight"].shape[0]), found)
+        """As :meth:`SegHead.from_checkpoint`; the range of depth is not in the file."""
+        found, in_size, bins = cls._sizes(source, "a depth head")
+        return _loaded(cls(in_size, min_depth, max_depth, bins), found)
 
     def forward(self, x: torch.Tensor, eps: float = 0.1) -> torch.Tensor:
         """Features (B,D,h,w) to depths (B,1,h,w) in metres; ``eps`` is added to every bin's activation."""
-        _check_map(x, self.bn.num_features)
-        weights = self.head(self.bn(x)).relu() + eps
+        weights = super().forward(x).relu() + eps
         depths = torch.linspace(self.min_depth, self.max_depth, self.head.out_channels, device=x.device, dtype=weights.dtype)
         return (weights * depths[:, None, None]).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
 
@@ -136,11 +141,15 @@ class RGBHead(nn.Module):
             raise ValueError(f"hidden_size must be a multiple of 4 and of num_heads={num_heads}, got {hidden_size}")
         if img_size < patch:
             raise ValueError(f"img_size must be at least one patch of {patch} pixels, got {img_size}")
+        if len(img_mean) != 3 or len(img_std) != 3:
+            raise ValueError(f"img_mean and img_std must have three values each, got {len(img_mean)} and {len(img_std)}")
         for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
             if tuple(value.shape) != (in_size,):
                 raise ValueError(f"{name} must be (in_size,) = ({in_size},), got {tuple(value.shape)}")
-        if len(img_mean) != 3 or len(img_std) != 3:
-            raise ValueError(f"img_mean and img_std must have three values each, got {len(img_mean)} and {len(img_std)}")
+            self.register_buffer(name, value.detach().clone(), persistent=False)
+        for name, value in (("img_mean", img_mean), ("img_std", img_std)):
+            value = torch.as_tensor(value, dtype=norm_weight.dtype).view(3, 1, 1)
+            self.register_buffer(name, value.detach().clone(), persistent=False)
         self.patch = patch
         self.decoder_embed = nn.Linear(in_size, hidden_size)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
@@ -148,9 +157,6 @@ class RGBHead(nn.Module):
         self.decoder_layers = nn.ModuleList(_DecoderBlock(hidden_size, num_heads, mlp_size) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(hidden_size, eps=1e-12)
         self.decoder_pred = nn.Linear(hidden_size, patch * patch * 3)
-        statistics = (torch.as_tensor(v, dtype=norm_weight.dtype).view(3, 1, 1) for v in (img_mean, img_std))
-        for name, value in zip(("norm_weight", "norm_bias", "img_mean", "img_std"), (norm_weight, norm_bias, *statistics), strict=True):
-            self.register_buffer(name, value.detach().clone(), persistent=False)
 
     @classmethod
     def from_checkpoint(
@@ -167,21 +173,20 @@ class RGBHead(nn.Module):
         """The head of a released file, in evaluation mode; its sizes are those of the weights.
 
         Args:
-            source: the file.
-            norm_weight, norm_bias: (D,) of the backbone's final LayerNorm, ``dinov3.backbone.norm``.
-            img_mean, img_std: pixel statistics of the backbone.
+            norm_weight, norm_bias, img_mean, img_std: as in the class; the LayerNorm is ``dinov3.backbone.norm``.
             num_heads: by default heads of 72 channels, as released.
             img_size: where the file has no table of positions, the side of the square image that one is built for.
 
         Raises:
             deltakern.models.checkpoint.CheckpointError: another model's file.
         """
-        found = _read(source, "rgb_head", "an RGB head")
+        found = checkpoint.expect(source, "rgb_head")
         state = found.state_dict
         embed, pred, mlp = (
-            _matrix(found, key) for key in ("decoder_embed.weight", "decoder_pred.weight", "decoder_layers.0.intermediate.dense.weight")
+            checkpoint.matrix_shape(state, key, found.path)
+            for key in ("decoder_embed.weight", "decoder_pred.weight", "decoder_layers.0.intermediate.dense.weight")
         )
-        patch = math.isqrt(pred.shape[0] // 3)
+        patch = math.isqrt(pred[0] // 3)
         table = state.get("decoder_pos_embed")
         if table is not None:
             side = math.isqrt(table.shape[1] - 1) if table.ndim == 3 else 0
@@ -190,22 +195,14 @@ class RGBHead(nn.Module):
                     f"{found.path}: decoder_pos_embed must be (1,1+n*n,width) for a square grid, got {tuple(table.shape)}"
                 )
             img_size = side * patch
-        return _loaded(
-            cls(
-                embed.shape[1],
-                norm_weight,
-                norm_bias,
-                img_mean,
-                img_std,
-                hidden_size=embed.shape[0],
-                depth=len({k.split(".")[1] for k in state if k.startswith("decoder_layers.")}),
-                num_heads=num_heads or max(1, embed.shape[0] // _HEAD_WIDTH),
-                mlp_size=mlp.shape[0],
-                patch=patch,
-                img_size=img_size,
-            ),
-            found,
-        )
+        sizes = {
+            "hidden_size": embed[0],
+            "depth": len({k.split(".")[1] for k in state if k.startswith("decoder_layers.")}),
+            "num_heads": num_heads or max(1, embed[0] // _HEAD_WIDTH),
+            "mlp_size": mlp[0],
+        }
+        head = cls(embed[1], norm_weight, norm_bias, img_mean, img_std, **sizes, patch=patch, img_size=img_size)
+        return _loaded(head, found)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (B,D,h,w) to RGB (B,3,h*patch,w*patch), in [0,1] but for what the decoder overshoots."""
@@ -244,41 +241,27 @@ def position_table(width: int, side: int) -> torch.Tensor:
     return torch.cat((torch.zeros(1, width, dtype=torch.float64), patches.flatten(0, 1)))[None].float()
 
 
-class _Dense(nn.Module):
-    """A linear layer called ``dense``, as the released names have it."""
-
-    def __init__(self, in_size: int, out_size: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(in_size, out_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense(x)
-
-
-class _DecoderAttention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
-        self.output = _Dense(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (self.attention[name](x).unflatten(2, (self.heads, -1)) for name in ("query", "key", "value"))
-        return self.output(attend(q, k, v).flatten(2))
+def _dense(in_size: int, out_size: int) -> nn.ModuleDict:
+    """A linear layer under the released name."""
+    return nn.ModuleDict({"dense": nn.Linear(in_size, out_size)})
 
 
 class _DecoderBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_size: int) -> None:
         super().__init__()
-        self.attention = _DecoderAttention(width, heads)
+        self.heads = heads
+        projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"attention": projections, "output": _dense(width, width)})
         self.layernorm_before = nn.LayerNorm(width, eps=1e-12)
         self.layernorm_after = nn.LayerNorm(width, eps=1e-12)
-        self.intermediate = _Dense(width, mlp_size)
-        self.output = _Dense(mlp_size, width)
+        self.intermediate = _dense(width, mlp_size)
+        self.output = _dense(mlp_size, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.layernorm_before(x))
-        return x + self.output(F.gelu(self.intermediate(self.layernorm_after(x))))
+        normed = self.layernorm_before(x)
+        q, k, v = (layer(normed).unflatten(2, (self.heads, -1)) for layer in self.attention["attention"].values())
+        x = x + self.attention["output"]["dense"](attend(q, k, v).flatten(2))
+        return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 
 
 def _check_map(x: torch.Tensor, width: int) -> None:
@@ -287,27 +270,6 @@ def _check_map(x: torch.Tensor, width: int) -> None:
         raise ValueError(f"x must be a feature map (B,{width},h,w), got {got}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating tensor, got {x.dtype}")
-
-
-def _read(source: Source, kind: str, what: str) -> checkpoint.Checkpoint:
-    found = checkpoint.as_checkpoint(source)
-    if found.kind != kind:
-        raise checkpoint.CheckpointError(f"{found.path}: this is {checkpoint.describe(found.kind)}, expected {what}")
-    return found
-
-
-def _matrix(found: checkpoint.Checkpoint, key: str) -> torch.Tensor:
-    value = found.state_dict.get(key)
-    if value is None or value.ndim != 2:
-        raise checkpoint.CheckpointError(f"{found.path}: expected the matrix {key}, got {None if value is None else tuple(value.shape)}")
-    return value
-
-
-def _in_size(found: checkpoint.Checkpoint) -> int:
-    weight = found.state_dict["head.weight"]
-    if weight.ndim != 4:
-        raise checkpoint.CheckpointError(f"{found.path}: head.weight must be (out,D,1,1), got {tuple(weight.shape)}")
-    return weight.shape[1]
 
 
 def _loaded(head: Any, found: checkpoint.Checkpoint) -> Any:

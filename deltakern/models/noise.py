@@ -106,19 +106,17 @@ class IndexedNoise:
         if self.kind == "sobol":
             bits = torch.stack([self._sobol(clip, samples, horizon) for clip in clips]).to(device)
             return _normal(bits) * self.deviation
-        drawn, repeats = samples, 1
-        if self.kind == "antithetic":
-            drawn, repeats = range(samples.start // 2, (samples.stop + 1) // 2), 2
+        signs = 2 if self.kind == "antithetic" else 1
+        drawn = range(samples.start // signs, -(-samples.stop // signs))
         axes = (torch.arange(r.start, r.stop, device=device) for r in (clips, drawn, range(horizon)))
         rows = _rows(self.seed, *axes)
         counters = torch.arange(1, self.width // 2 + self.width % 2 + 1, device=device) * _signed(_GOLDEN)
         both = _mixed(rows[..., None] + counters)
         bits = torch.stack((_shifted(both, 32), both & 0xFFFFFFFF), -1).flatten(-2)[..., : self.width]
         values = _normal(bits) * self.deviation
-        if repeats == 2:
+        if signs == 2:
             values = torch.stack((values, -values), 2).flatten(1, 2)
-            values = values[:, samples.start - 2 * drawn.start :][:, : len(samples)]
-        return values
+        return values[:, samples.start - signs * drawn.start :][:, : len(samples)]
 
     def _sobol(self, clip: int, samples: range, horizon: int) -> torch.Tensor:
         """32-bit integers (s,h,D) of a clip's points."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deltakern import ops
+from deltakern.models.validate import check_positive
 from deltakern.nn import MLP, Residual, TransformerBlock
 from deltakern.nn.block import Rows, add_and_norm
 from deltakern.nn.product import apply_linear, cast, evaluates, join, product
@@ -125,6 +126,9 @@ class Predictor(Freezable, Part):
         mlp_ratio: int,
     ) -> None:
         super().__init__()
+        check_positive(
+            predictor_num_hidden_layers=predictor_num_hidden_layers, predictor_num_heads=predictor_num_heads, mlp_ratio=mlp_ratio
+        )
         if predictor_hidden_size % predictor_num_heads:
             raise ValueError(
                 f"predictor_hidden_size must be a multiple of predictor_num_heads, got {predictor_hidden_size} and {predictor_num_heads}"
@@ -181,7 +185,6 @@ class Predictor(Freezable, Part):
         """Predictions (B,Q,Dm) of queries (B,Q,D).
 
         Args:
-            queries: (B,Q,D).
             memory: tokens (B,T,Dm), or the list of :meth:`keys_values`.
             rotate: the keys' RoPE; None when ``memory`` is keys and values.
             mix: the attention, one for all blocks or one a block.

@@ -16,16 +16,16 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from deltakern import backend, ops
 from deltakern.models.noise import KINDS, IndexedNoise
-from deltakern.models.validate import check_positive
+from deltakern.models.validate import check_floating, check_positive
 from deltakern.nn.block import all_plain
-from deltakern.nn.weights import Derived, Snapshot, calling, check_once, dtype_for, outside, store_of, table
+from deltakern.nn.weights import Derived, Snapshot, calling, check_once, dtype_for, outside, store_of
 
 if TYPE_CHECKING:
     from deltakern.models.deltatok import DeltaTok, Rope
@@ -67,16 +67,13 @@ class Futures:
 
 def check_times(timestamps: torch.Tensor, shape: tuple[int, int], layout: str) -> None:
     """Timestamps must be floating, (B, C+h), finite, and must not go backwards."""
-    if not isinstance(timestamps, torch.Tensor) or not timestamps.is_floating_point():
-        got = timestamps.dtype if isinstance(timestamps, torch.Tensor) else type(timestamps).__name__
-        raise TypeError(f"timestamps must be a floating tensor {layout} of seconds, got {got}")
-    if tuple(timestamps.shape) != shape:
-        raise ValueError(f"timestamps must be {layout} = {shape}, got a tensor of shape {tuple(timestamps.shape)}")
-    if bool((timestamps.diff(dim=1) >= 0).all()) and bool(timestamps.isfinite().all()):
-        return
+    check_floating("timestamps", timestamps, layout, shape, of=" of seconds")
     if not bool(timestamps.isfinite().all()):
         raise ValueError("timestamps must be finite seconds, got NaN or infinity")
-    clip, place = (timestamps.diff(dim=1) < 0).nonzero()[0].tolist()
+    backwards = (timestamps.diff(dim=1) < 0).nonzero()
+    if not len(backwards):
+        return
+    clip, place = backwards[0].tolist()
     earlier, later = timestamps[clip, place : place + 2].tolist()
     raise ValueError(f"timestamps must not go backwards, got {later:g} s after {earlier:g} s at index {place + 1} of clip {clip}")
 
@@ -108,59 +105,42 @@ def _slice(part: range) -> slice:
     return slice(part.start, part.stop)
 
 
-class NoisePlan:
-    """Where a rollout's queries come from: given, drawn as the release draws them, by seed and index, or learned."""
+class Noise(NamedTuple):
+    """Where a rollout's queries come from, as ``DeltaWorld.sample`` takes it."""
 
-    def __init__(
-        self,
-        world: DeltaWorld,
-        shape: tuple[int, int, int],
-        like: torch.Tensor,
-        *,
-        queries: torch.Tensor | None,
-        generator: torch.Generator | None,
-        seed: int | None,
-        noise: str,
-    ) -> None:
-        given = [name for name, value in (("queries", queries), ("generator", generator), ("seed", seed)) if value is not None]
+    queries: torch.Tensor | None
+    generator: torch.Generator | None
+    seed: int | None
+    kind: str
+
+    def source(self, world: DeltaWorld, shape: tuple[int, int, int], like: torch.Tensor) -> Callable[[range, range], torch.Tensor]:
+        """Queries (b,s,h,D) by clips and samples: given, drawn as the release draws them, by seed and index, or learned."""
+        given = [name for name in ("queries", "generator", "seed") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"queries, generator and seed are three ways to the noise, got {' and '.join(given)}")
-        if noise not in KINDS:
-            raise ValueError(f"noise must be one of {KINDS}, got {noise!r}")
-        if noise != "normal" and seed is None:
-            raise ValueError(f"noise={noise!r} is drawn by seed and sample index and needs seed=, got None")
+        if self.kind not in KINDS:
+            raise ValueError(f"noise must be one of {KINDS}, got {self.kind!r}")
+        if self.kind != "normal" and self.seed is None:
+            raise ValueError(f"noise={self.kind!r} is drawn by seed and sample index and needs seed=, got None")
         batch, samples, horizon = shape
-        self._indexed, self._whole, self._like, self._horizon = None, None, like, horizon
-        if queries is not None:
-            world._check_queries(queries, shape, "(B,S,h,D)")
-            self._whole = queries
-        elif not world.use_bom:
-            if given:
-                raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
-            self._whole = table(world.q_embed, 1, like.device).expand(batch, samples, horizon, -1)
-        elif seed is not None:
-            self._indexed = IndexedNoise(seed, world.predictor_hidden_size, world.initializer_range, noise)
+        if self.queries is not None:
+            world._check_queries(self.queries, shape, "(B,S,h,D)")
+            whole = self.queries
+        elif given and not world.use_bom:
+            raise ValueError(f"{given[0]} is for best-of-many models, this one has one learned query (use_bom=False)")
+        elif self.seed is not None:
+            indexed = IndexedNoise(self.seed, world.predictor_hidden_size, world.initializer_range, self.kind)
+            return lambda clips, part: indexed.draw(clips, part, horizon, device=like.device).to(like.dtype)
         else:  # one draw a step, as in the release
-            steps = [world.noise(batch, samples, 1, device=like.device, dtype=like.dtype, generator=generator) for _ in range(horizon)]
-            self._whole = steps[0] if horizon == 1 else torch.cat(steps, 2)
-
-    def __call__(self, clips: range, samples: range) -> torch.Tensor:
-        """(b,s,h,D) for a portion."""
-        if self._indexed is not None:
-            return self._indexed.draw(clips, samples, self._horizon, device=self._like.device).to(self._like.dtype)
-        return self._whole[_slice(clips), _slice(samples)]
+            whole = torch.cat([world._drawn(like, self.generator, batch, samples, 1) for _ in range(horizon)], 2)
+        return lambda clips, part: whole[_slice(clips), _slice(part)]
 
 
 def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """All steps of one portion.
+    """Tokens (B,s,h,Dm) of all steps of one portion, in the dtype of its noise (B,s,h,D).
 
-    Args:
-        keys, values: (L,B,T,H,d) of the context, keys rotated.
-        times: (B,h) seconds of the predicted frames.
-        noise: (B,s,h,D).
-
-    Returns:
-        (B,s,h,Dm) in noise's dtype. Shapes alone decide what is launched, so that it can be captured in a CUDA graph.
+    Keys and values are (L,B,T,H,d) of the context, keys rotated; times (B,h), seconds of the predicted frames. Shapes alone decide
+    what is launched, so that it can be captured in a CUDA graph.
     """
     predictor = world.predictor
     (batch, samples, horizon), layers = noise.shape[:3], range(len(keys))
@@ -245,41 +225,39 @@ class Graphs:
         return Graphs, ()
 
     def run(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``_steps`` of the inputs, captured at the first call with their shapes and replayed from then on."""
-        with self._lock:
-            self._forget_old(world)
-            device, store = inputs[0].device, _lasting(world)
-            check_once(store)  # before a replay, which asks nothing
-            dtype = dtype_for(world.predictor.head, inputs[0])
-            shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
-            key = (None if store is None else store.token, dtype, backend.preferred(), torch.get_float32_matmul_precision(), shapes)
-            stream = torch.cuda.current_stream(device)
-            if self._done is not None:
-                stream.wait_event(self._done)
-            graph = self._kept.pop(key, None)
-            if graph is None:
-                if not self._kept or self._memory is None:  # a pool ends with the last graph in it
-                    self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-                graph = _Graph(world, inputs, *self._memory)
-            self._kept[key] = graph
-            while len(self._kept) > GRAPHS_KEPT:
-                self._kept.popitem(last=False)
-            tokens = graph(inputs)
-            self._done = stream.record_event()
-            return tokens
+        """``_steps`` of the inputs, captured at the first call with their shapes and replayed from then on.
 
-    def fit(self, world: DeltaWorld) -> bool:
-        """Whether the steps can be captured: all layers of the predictor are plain, for a replay runs no hooks."""
+        They are launched one by one where a layer of the predictor is not plain, for a replay runs no hooks.
+        """
         with self._lock:
-            self._forget_old(world)
-            return self._of[2]
+            predictor = world.predictor
+            if self._of is None or self._of[0] is not predictor or self._of[1].moved() is not None:
+                self._of = predictor, Snapshot(predictor), all_plain(predictor)
+                self._kept.clear()
+            if self._of[2]:
+                return self._replay(world, inputs)
+        return _steps(world, *inputs)
 
-    def _forget_old(self, world: DeltaWorld) -> None:
-        """Drops the graphs of another predictor, or of one whose parameters or modules are others or lie elsewhere."""
-        predictor = world.predictor
-        if self._of is None or self._of[0] is not predictor or self._of[1].moved() is not None:
-            self._of = predictor, Snapshot(predictor), all_plain(predictor)
-            self._kept.clear()
+    def _replay(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        device, store = inputs[0].device, _lasting(world)
+        check_once(store)  # before a replay, which asks nothing
+        dtype = dtype_for(world.predictor.head, inputs[0])
+        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
+        key = (None if store is None else store.token, dtype, backend.preferred(), torch.get_float32_matmul_precision(), shapes)
+        stream = torch.cuda.current_stream(device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        graph = self._kept.pop(key, None)
+        if graph is None:
+            if not self._kept or self._memory is None:  # a pool ends with the last graph in it
+                self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            graph = _Graph(world, inputs, *self._memory)
+        self._kept[key] = graph
+        while len(self._kept) > GRAPHS_KEPT:
+            self._kept.popitem(last=False)
+        tokens = graph(inputs)
+        self._done = stream.record_event()
+        return tokens
 
 
 def captures(device: torch.device) -> bool:
@@ -300,34 +278,28 @@ def _sample_bytes(world: DeltaWorld, memory: torch.Tensor, horizon: int) -> int:
 
 def sample(
     world: DeltaWorld,
+    z: torch.Tensor,
     memory: torch.Tensor,
-    context_times: torch.Tensor,
-    times: torch.Tensor,
-    num_samples: int,
-    plan: NoisePlan,
-    like: torch.Tensor,
-    *,
+    timestamps: torch.Tensor,
+    num_samples: int | None,
+    noise: Noise,
     memory_budget: int,
     cuda_graph: bool,
 ) -> torch.Tensor:
-    """Tokens (B,S,h,D) after a context.
-
-    Args:
-        memory: (2,L,B,T,H,d) of ``Predictor.project``.
-        context_times: (B,T); times: (B,h).
-        plan: the noise.
-        like: a tensor of the result's dtype.
-    """
-    keys, values = world._rotate(context_times)(memory[0]), memory[1]
-    batch, horizon = times.shape
-    tokens = like.new_empty((batch, num_samples, horizon, world.backbone.hidden_size))
-    at_once = memory_budget // _sample_bytes(world, memory, horizon)
-    captured = cuda_graph and captures(memory.device) and world._graphs.fit(world)
+    """Tokens (B,S,h,D) after delta tokens z (B,T,D), of which ``Predictor.project`` made ``memory``, at timestamps (B,T+h)."""
+    num_samples = world.num_samples if num_samples is None else num_samples
+    check_positive(num_samples=num_samples, memory_budget=memory_budget)
+    batch, context = z.shape[:2]
+    times = timestamps[:, context:]
+    tokens = z.new_empty((batch, num_samples, times.shape[1], world.backbone.hidden_size))
+    draw = noise.source(world, tuple(tokens.shape[:3]), z)
+    keys, values = world._rotate(timestamps[:, :context])(memory[0]), memory[1]
+    at_once = memory_budget // _sample_bytes(world, memory, times.shape[1])
+    captured = cuda_graph and captures(memory.device)
     for clips, samples in portions(batch, num_samples, at_once):
         some = _slice(clips)
-        inputs = (keys[:, some], values[:, some], times[some], plan(clips, samples))
-        done = world._graphs.run(world, inputs) if captured else _steps(world, *inputs)
-        tokens[some, _slice(samples)] = done
+        inputs = (keys[:, some], values[:, some], times[some], draw(clips, samples))
+        tokens[some, _slice(samples)] = world._graphs.run(world, inputs) if captured else _steps(world, *inputs)
     return tokens
 
 
@@ -358,7 +330,7 @@ def grid_size(patches: int, size: tuple[int, int] | None, patch_size: int) -> tu
         side = round(patches**0.5)
         if side * side != patches:
             raise ValueError(f"size must be given as (height, width) in pixels, because N={patches} patches are no square")
-        return side * patch_size, side * patch_size
+        size = side * patch_size, side * patch_size
     height, width = size
     if height % patch_size or width % patch_size or (height // patch_size) * (width // patch_size) != patches:
         raise ValueError(f"size must be (height, width) in pixels of N={patches} patches of {patch_size}, got {tuple(size)}")
@@ -395,15 +367,12 @@ def decode(
 
 
 def score(samples: torch.Tensor, goal: torch.Tensor, *, loss: str = "smooth_l1", beta: float = 0.1) -> torch.Tensor:
-    """How far every sample is from a goal, the mean loss; less is better.
+    """How far every sample is from a goal, the mean loss (B,S) in float32 (float64 for float64 samples); less is better.
 
     Args:
         samples: tokens (B,S,h,D), or features (B,S,F,N,D).
         goal: of the last frame, (B,D) or (B,N,D), or of every frame, (B,h,D) or (B,F,N,D).
         loss, beta: as in ``ops.best_of_n``.
-
-    Returns:
-        (B,S) float32 (float64 for float64 samples).
 
     Raises:
         ValueError: shapes, the loss.

@@ -31,14 +31,13 @@ def check_uint8(frames: torch.Tensor) -> None:
     raise TypeError(f"frames must be uint8 pixels in 0..255, got {frames.dtype}{hint}")
 
 
-def check_timestamps(timestamps: torch.Tensor, frames: torch.Tensor) -> None:
-    """Timestamps must be (B,T) seconds for frames (B,T,...), floating."""
-    if not isinstance(timestamps, torch.Tensor) or not timestamps.is_floating_point():
-        got = timestamps.dtype if isinstance(timestamps, torch.Tensor) else type(timestamps).__name__
-        raise TypeError(f"timestamps must be a floating tensor (B,T) of seconds, got {got}")
-    if tuple(timestamps.shape) != tuple(frames.shape[:2]):
-        expected = tuple(frames.shape[:2])
-        raise ValueError(f"timestamps must be (B,T) = {expected} as the frames, got a tensor of shape {tuple(timestamps.shape)}")
+def check_floating(name: str, value: torch.Tensor, layout: str, shape: tuple[int, ...], *, of: str = "", like: str = "") -> None:
+    """A floating tensor of this shape; ``layout`` names its axes, ``of`` what it holds, ``like`` what has the same axes."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating tensor {layout}{of}, got {got}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must be {layout} = {shape}{like}, got a tensor of shape {tuple(value.shape)}")
 
 
 def check_positive(**values: int) -> None:
