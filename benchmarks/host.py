@@ -175,7 +175,7 @@ def world(number: int, unit: float) -> Iterator[Time]:
     queries = torch.randn(1, 20, 1, 64)
     memory = made.predictor.project(z)
     keys_values = list(zip(*memory.unbind(0), strict=True))
-    mix = made._mix(times[:, 4:])
+    mix = made._mix(times[:, 4:], times[:, :4])
 
     def step() -> torch.Tensor:
         return made.predictor(queries[:, :, 0], keys_values, None, mix)
@@ -188,7 +188,8 @@ def world(number: int, unit: float) -> Iterator[Time]:
 
     def search() -> tuple[torch.Tensor, ...]:
         """Without the winner's look-up, because its index is garbage here."""
-        return made.predictor.best(made._predict(past, stamps, noise, head=False), target, reduce_dims=1)
+        projected = list(zip(*made.predictor.project(past).unbind(), strict=True))
+        return made.predictor.best(made._predict(projected, stamps, noise, head=False), target, reduce_dims=1)
 
     with torch.no_grad(), calling():
         for name, call in (("predictor step", step), ("sample, 20 futures", sample), ("candidate search", search)):

@@ -14,7 +14,7 @@ from deltakern.models.predictor import Predictor
 from deltakern.models.sampling import MEMORY_BUDGET, Futures, Noise, Which
 from deltakern.models.stream import Stream
 from deltakern.models.validate import check_frames, check_positive
-from deltakern.models.world import NOTHING_CACHED, World, axis_angles, behind, rotate_axes
+from deltakern.models.world import NOTHING_CACHED, World, behind
 from deltakern.nn import Residual
 from deltakern.nn.weights import hold, one_call
 
@@ -73,15 +73,10 @@ class DeltaWorld(World):
         )
         self._graphs = sampling.Graphs()
 
-    def _rotate(self, time: torch.Tensor):
-        """Rotation of keys (B,T,H,d) by their times (B,T)."""
-        angles = axis_angles(time, self.rope_axis_sizes[0])[:, :, None]
-        return lambda k: rotate_axes(k, [angles])
-
-    def _mix(self, q_time: torch.Tensor, visible: torch.Tensor | None = None, own=(None, None)):
-        """Attention of unrotated queries over rotated keys; ``own`` is keys and values (B,Q,J,H,d) of each query."""
-        more = {"own_k": own[0], "own_v": own[1], "rope_size": self.rope_axis_sizes[0]}
-        return lambda q, k, v: ops.context_attention(q, k, v, q_time, None, visible, **more)
+    def _mix(self, q_time: torch.Tensor, k_time: torch.Tensor, visible: torch.Tensor | None = None, own=(None, None), own_time=None):
+        """Attention of unrotated queries over unrotated keys; ``own`` is keys and values (B,Q,J,H,d) of each query, of times (B,J)."""
+        more = {"own_k": own[0], "own_v": own[1], "own_time": own_time, "rope_size": self.rope_axis_sizes[0]}
+        return lambda q, k, v: ops.context_attention(q, k, v, q_time, k_time, visible, **more)
 
     @one_call
     def predict(self, tokens: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -93,10 +88,11 @@ class DeltaWorld(World):
         """
         return self._predict(tokens, timestamps, queries)
 
-    def _predict(self, tokens, timestamps, queries, *, head: bool = True) -> torch.Tensor | Residual:
-        """:meth:`predict`; without the head the predictor's last stream and branch, (B,T-1,K,D) each."""
-        mix = self._mix(timestamps[:, 1:], torch.arange(1, timestamps.shape[1], device=tokens.device))
-        out = self.predictor(queries.flatten(1, 2), tokens, self._rotate(timestamps[:, :-1]), mix, head=head)
+    def _predict(self, memory, timestamps, queries, *, head: bool = True) -> torch.Tensor | Residual:
+        """:meth:`predict`, of tokens or of their keys and values; without the head the predictor's last stream and branch, (B,T-1,K,D)
+        each."""
+        mix = self._mix(timestamps[:, 1:], timestamps[:, :-1], torch.arange(1, timestamps.shape[1], device=queries.device))
+        out = self.predictor(queries.flatten(1, 2), memory, None, mix, head=head)
         return out.unflatten(1, queries.shape[1:3])
 
     def _forward_train(self, frames, timestamps, criterion, queries, generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,8 +111,14 @@ class DeltaWorld(World):
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The training pass from delta tokens (B,T,D): (prediction, target), each (B,T-1,D). See :meth:`forward`."""
-        past, target = tokens[:, :-1], tokens[:, 1:]
-        best = self._training_queries(lambda q: self._predict(past, timestamps, q, head=False), target, criterion, queries, generator)
+        past, target, projected = tokens[:, :-1], tokens[:, 1:], []
+
+        def search(q: torch.Tensor) -> Residual:
+            if not projected:  # once for all chunks of candidates
+                projected.extend(zip(*self.predictor.project(past).unbind(), strict=True))
+            return self._predict(projected, timestamps, q, head=False)
+
+        best = self._training_queries(search, target, criterion, queries, generator)
         return self.predict(past, timestamps, best.unsqueeze(2)).squeeze(2), target
 
     @torch.no_grad()
@@ -137,23 +139,23 @@ class DeltaWorld(World):
     def _step(self, state: dict[str, Any], q: torch.Tensor, frame: int, timestamps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         tokens, own = state["tokens"], state["own"]
         batch, samples, generated = own.shape[:3]
-        q_time = timestamps[:, frame : frame + 1]
+        now, before, since = timestamps[:, frame : frame + 1], timestamps[:, : tokens.shape[1]], timestamps[:, tokens.shape[1] : frame]
         if self.savings.context_cache:
             cached, own_kv = state["context"], state["own_kv"]
             if cached is None:
-                cached = self.predictor.keys_values(tokens, self._rotate(timestamps[:, : tokens.shape[1]]))
+                cached = self.predictor.keys_values(tokens)
             if generated:
-                fresh = self.predictor.keys_values(own[:, :, -1], self._rotate(timestamps[:, frame - 1 : frame]))
+                fresh = self.predictor.keys_values(own[:, :, -1])
                 fresh = [(k[:, :, None], v[:, :, None]) for k, v in fresh]
                 own_kv = fresh if own_kv is None else behind(own_kv, fresh, 2)
-            mix = [self._mix(q_time, own=kv) for kv in own_kv] if own_kv else self._mix(q_time)
+            mix = [self._mix(now, before, own=kv, own_time=since) for kv in own_kv] if own_kv else self._mix(now, before)
             predicted = self.predictor(q, cached, None, mix)
             state = {**state, "context": cached, "own_kv": own_kv}
         else:
             memory = torch.cat((tokens[:, None].expand(-1, samples, -1, -1), own), 2).flatten(0, 1)
             times = timestamps.repeat_interleave(samples, 0)
-            rotate, mix = self._rotate(times[:, :frame]), self._mix(times[:, frame : frame + 1])
-            predicted = self.predictor(q.flatten(0, 1)[:, None], memory, rotate, mix).view(batch, samples, -1)
+            mix = self._mix(times[:, frame : frame + 1], times[:, :frame])
+            predicted = self.predictor(q.flatten(0, 1)[:, None], memory, None, mix).view(batch, samples, -1)
         features = self.tokenizer.decode(predicted.flatten(0, 1)[:, None], state["x"], state["rope"])
         appended = torch.cat((own, predicted.detach()[:, :, None].to(own.dtype)), 2)
         return features, {**state, "own": appended, "x": features.detach()}
@@ -206,8 +208,7 @@ class DeltaWorld(World):
 
     def _sample(self, z, timestamps, num_samples, noise: Noise, memory_budget: int, cuda_graph: bool) -> torch.Tensor:
         sampling.warn_of_long_context(z.shape[1])
-        memory, timestamps = self.predictor.project(z), timestamps.to(z.device)
-        return sampling.sample(self, z, memory, timestamps, num_samples, noise, memory_budget, cuda_graph)
+        return sampling.sample(self, z, timestamps.to(z.device), num_samples, noise, memory_budget, cuda_graph)
 
     @torch.no_grad()
     @one_call

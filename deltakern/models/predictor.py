@@ -35,10 +35,10 @@ class CrossAttention(Freezable):
         dtype = dtype_for(self.kv_proj, memory)
         return apply_linear(self, "kv", self.kv_proj, memory.to(dtype), dtype).unflatten(-1, (2, self.num_heads, -1))
 
-    def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> KeysValues:
-        """Keys, rotated, and values of memory tokens (B,T,Dm): each (B,T,H,d)."""
+    def keys_values(self, memory: torch.Tensor, rotate: Rotate | None = None) -> KeysValues:
+        """Keys, rotated where that is asked for, and values of memory tokens (B,T,Dm): each (B,T,H,d)."""
         keys, values = self.project(memory).unbind(2)
-        return rotate(keys), values
+        return keys if rotate is None else rotate(keys), values
 
     def forward(
         self,
@@ -57,7 +57,7 @@ class CrossAttention(Freezable):
         Args:
             normed: the queries.
             memory: (B,T,Dm) tokens, projected here, or the keys and values that :meth:`keys_values` made of them.
-            rotate: applies the keys' RoPE; not read when ``memory`` is keys and values.
+            rotate: applies the keys' RoPE; None where ``mix`` does that, or where ``memory`` is keys and values.
             mix: ``mix(q, k, v)`` is the attention itself, of rotated or unrotated queries, as the caller defines it.
             rows, recompute: of blocks whose rows see each other; here all go on, and nothing is made again.
             scale: (D,) folded into the output projection.
@@ -97,7 +97,7 @@ class PredictorBlock(TransformerBlock):
         """:meth:`CrossAttention.project`; by way of the block, because a sharded one gathers its weights where it is called."""
         return self.attention.project(memory)
 
-    def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> KeysValues:
+    def keys_values(self, memory: torch.Tensor, rotate: Rotate | None = None) -> KeysValues:
         """:meth:`CrossAttention.keys_values`, by way of the block too."""
         return self.attention.keys_values(memory, rotate)
 
@@ -151,7 +151,7 @@ class Predictor(Freezable, Part):
                 nn.init.zeros_(module.bias)
 
     @one_call
-    def keys_values(self, memory: torch.Tensor, rotate: Rotate) -> list[KeysValues]:
+    def keys_values(self, memory: torch.Tensor, rotate: Rotate | None = None) -> list[KeysValues]:
         """Keys and values of memory tokens (B,T,Dm) in every block; they depend on no query."""
         return [block.keys_values(memory, rotate) for block in self.blocks]
 
@@ -186,7 +186,7 @@ class Predictor(Freezable, Part):
 
         Args:
             memory: tokens (B,T,Dm), or the list of :meth:`keys_values`.
-            rotate: the keys' RoPE; None when ``memory`` is keys and values.
+            rotate: the keys' RoPE; None where ``mix`` does that, or where ``memory`` is keys and values.
             mix: the attention, one for all blocks or one a block.
             head: False stops before the last norm and the head: the stream and the last branch, (B,Q,D) each, for
                 :meth:`predictions` or :meth:`best`.

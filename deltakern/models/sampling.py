@@ -136,25 +136,24 @@ class Noise(NamedTuple):
         return lambda clips, part: whole[_slice(clips), _slice(part)]
 
 
-def _steps(world: DeltaWorld, keys: torch.Tensor, values: torch.Tensor, times: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def _steps(world: DeltaWorld, past: torch.Tensor, timestamps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Tokens (B,s,h,Dm) of all steps of one portion, in the dtype of its noise (B,s,h,D).
 
-    Keys and values are (L,B,T,H,d) of the context, keys rotated; times (B,h), seconds of the predicted frames. Shapes alone decide
-    what is launched, so that it can be captured in a CUDA graph.
+    ``past`` is the context, delta tokens (B,T,Dm) or what ``Predictor.project`` made of them; timestamps (B,T+h). Shapes alone decide what
+    is launched, so that it can be captured in a CUDA graph.
     """
     predictor = world.predictor
-    (batch, samples, horizon), layers = noise.shape[:3], range(len(keys))
-    context = [(keys[i], values[i]) for i in layers]
+    memory = predictor.project(past) if past.ndim == 3 else past
+    (batch, samples, horizon), (_, layers, _, context) = noise.shape[:3], memory.shape[:4]
+    keys_values, before = list(zip(*memory.unbind(), strict=True)), timestamps[:, :context]
     tokens = noise.new_empty((batch, samples, horizon, world.backbone.hidden_size))
-    own = keys.new_empty((2, len(keys), batch, samples, horizon - 1, *keys.shape[3:]))
+    own = memory.new_empty((2, layers, batch, samples, horizon - 1, *memory.shape[4:]))
     for step in range(horizon):
-        time = times[:, step : step + 1]
-        mix = [world._mix(time, own=(own[0, i, :, :, :step], own[1, i, :, :, :step])) for i in layers] if step else world._mix(time)
-        tokens[:, :, step] = predictor(noise[:, :, step], context, None, mix)
+        now, since = timestamps[:, context + step, None], timestamps[:, context : context + step]
+        mix = [world._mix(now, before, own=own[:, i, :, :, :step].unbind(), own_time=since) for i in range(layers if step else 1)]
+        tokens[:, :, step] = predictor(noise[:, :, step], keys_values, None, mix if step else mix[0])
         if step + 1 < horizon:
-            fresh = predictor.project(tokens[:, :, step])
-            own[0, :, :, :, step] = world._rotate(time)(fresh[0])
-            own[1, :, :, :, step] = fresh[1]
+            own[:, :, :, :, step] = predictor.project(tokens[:, :, step])
     return tokens
 
 
@@ -265,10 +264,9 @@ def captures(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
-def _sample_bytes(world: DeltaWorld, memory: torch.Tensor, horizon: int) -> int:
+def _sample_bytes(world: DeltaWorld, z: torch.Tensor, horizon: int) -> int:
     """About what one sample of a portion takes: its own keys and values, noise and tokens, activations of MLP and attention."""
-    _, layers, _, _, heads, head = memory.shape
-    width, size = heads * head, memory.element_size()
+    layers, width, size = len(world.predictor.blocks), world.predictor_hidden_size, z.element_size()
     hidden = world.predictor.blocks[0].mlp.hidden
     cached = 2 * layers * (horizon - 1) * width * size
     wide = 4 * width * (2 * (horizon - 1) + 4)  # what the attention's reference casts to float32
@@ -279,26 +277,26 @@ def _sample_bytes(world: DeltaWorld, memory: torch.Tensor, horizon: int) -> int:
 def sample(
     world: DeltaWorld,
     z: torch.Tensor,
-    memory: torch.Tensor,
     timestamps: torch.Tensor,
     num_samples: int | None,
     noise: Noise,
     memory_budget: int,
     cuda_graph: bool,
+    memory: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Tokens (B,S,h,D) after delta tokens z (B,T,D), of which ``Predictor.project`` made ``memory``, at timestamps (B,T+h)."""
+    """Tokens (B,S,h,D) after delta tokens z (B,T,D) at timestamps (B,T+h). ``memory``, for one clip: what ``Predictor.project`` made of z
+    before."""
     num_samples = world.num_samples if num_samples is None else num_samples
     check_positive(num_samples=num_samples, memory_budget=memory_budget)
     batch, context = z.shape[:2]
-    times = timestamps[:, context:]
-    tokens = z.new_empty((batch, num_samples, times.shape[1], world.backbone.hidden_size))
+    tokens = z.new_empty((batch, num_samples, timestamps.shape[1] - context, world.backbone.hidden_size))
     draw = noise.source(world, tuple(tokens.shape[:3]), z)
-    keys, values = world._rotate(timestamps[:, :context])(memory[0]), memory[1]
-    at_once = memory_budget // _sample_bytes(world, memory, times.shape[1])
-    captured = cuda_graph and captures(memory.device)
+    at_once = memory_budget // _sample_bytes(world, z, tokens.shape[2])
+    captured = cuda_graph and captures(z.device)
+    past = memory if memory is not None else z if captured else world.predictor.project(z)  # captured, the graph projects
     for clips, samples in portions(batch, num_samples, at_once):
         some = _slice(clips)
-        inputs = (keys[:, some], values[:, some], times[some], draw(clips, samples))
+        inputs = (past[some] if past is z else past[:, :, some], timestamps[some], draw(clips, samples))
         tokens[some, _slice(samples)] = world._graphs.run(world, inputs) if captured else _steps(world, *inputs)
     return tokens
 

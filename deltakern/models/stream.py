@@ -172,7 +172,7 @@ class Stream:
         sampling.check_times(every, (1, every.numel()), "(1,C+h)")
         relative = (every - self._times[-1]).to(device=tokens.device, dtype=torch.promote_types(tokens.dtype, torch.float32))
         noise = Noise(queries, generator, seed, noise)
-        return sampling.sample(self.world, tokens, projected, relative, num_samples, noise, memory_budget, self.cuda_graph)
+        return sampling.sample(self.world, tokens, relative, num_samples, noise, memory_budget, self.cuda_graph, projected)
 
     @_guarded
     def rollout(
