@@ -77,7 +77,7 @@ def graph(made: CUDAGraph, *, pool: Any, stream: Stream, capture_error_mode: str
 
 def install(monkeypatch: Any) -> type[CUDAGraph]:
     """Captures on the CPU until the test ends; returns the class, whose ``captures`` counts them."""
-    from deltakern.models import sampling
+    from deltakern.nn import graphs
 
     current = Stream()
     monkeypatch.setattr(CUDAGraph, "captures", 0)
@@ -90,5 +90,6 @@ def install(monkeypatch: Any) -> type[CUDAGraph]:
         ("device", lambda device: contextlib.nullcontext()),
     ):
         monkeypatch.setattr(torch.cuda, name, made)
-    monkeypatch.setattr(sampling, "captures", lambda device: True)
+    monkeypatch.setattr(graphs, "captures", lambda device: True)
+    monkeypatch.setattr(graphs, "_shared", {})
     return CUDAGraph

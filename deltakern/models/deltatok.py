@@ -15,6 +15,7 @@ from deltakern.models.dinov3 import patch_rope
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.nn import Assembly, Block, Residual
 from deltakern.nn.block import QK_NORM_ORDERS, Rope, add_and_norm
+from deltakern.nn.graphs import captured
 from deltakern.nn.weights import Freezable, Part, compute_dtype, derived, hold, lasts, one_call, settled, table
 
 
@@ -135,6 +136,7 @@ class DeltaTok(Freezable, Part):
             checkpoint.load_into(self, weights)
 
     @one_call
+    @captured
     def encode(self, x: torch.Tensor, y: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The delta token (B,1,D) of every pair of frames.
 
@@ -153,6 +155,7 @@ class DeltaTok(Freezable, Part):
         return add_and_norm(entry, self.norm, None)[1]
 
     @one_call
+    @captured
     def decode(self, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Features (B,N,D) of the later frame from its delta token and the earlier frame.
 
@@ -164,6 +167,7 @@ class DeltaTok(Freezable, Part):
         return self._decode(z, x, rope)
 
     @one_call
+    @captured
     def decode_samples(self, z: torch.Tensor, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """:meth:`decode` of s delta tokens (B,s,D) that all begin at the same frame (B,N,D): (B,s,N,D).
 
@@ -188,6 +192,7 @@ class DeltaTok(Freezable, Part):
         return out if self.savings.drop_row else out[:, 1:]
 
     @one_call
+    @captured
     def tokenize_offline(self, x: torch.Tensor, y: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Delta tokens (B,T,1,D) of consecutive frames: frame t is encoded against frame t-1, the first against ``x``.
 
@@ -199,6 +204,7 @@ class DeltaTok(Freezable, Part):
         return self.encode(before.flatten(0, 1), y.flatten(0, 1), rope).unflatten(0, y.shape[:2])
 
     @one_call
+    @captured
     def tokenize(self, frames: torch.Tensor) -> torch.Tensor:
         """From uint8 frames (B,T,3,H,W) to delta tokens (B,T,D), the first against the black frame."""
         features = self.features(frames)

@@ -71,7 +71,6 @@ class DeltaWorld(World):
             predictor_num_heads,
             mlp_ratio,
         )
-        self._graphs = sampling.Graphs()
 
     def _mix(self, q_time: torch.Tensor, k_time: torch.Tensor, visible: torch.Tensor | None = None, own=(None, None), own_time=None):
         """Attention of unrotated queries over unrotated keys; ``own`` is keys and values (B,Q,J,H,d) of each query, of times (B,J)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from deltakern.models import checkpoint
 from deltakern.models.validate import check_frames, check_uint8
 from deltakern.nn import Block, Residual
 from deltakern.nn.block import Rope, add_and_norm
+from deltakern.nn.graphs import captured
 from deltakern.nn.weights import Freezable, Part, one_call
 
 DEFAULT_WEIGHTS = "facebook/dinov3-vitb16-pretrain-lvd1689m"
@@ -148,6 +150,13 @@ class VisionTransformer(nn.Module):
         return add_and_norm(entry.rows(slice(prefix, None)), self.norm, None)[1]
 
 
+@functools.lru_cache(maxsize=16)
+def _statistics(processor: Processor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Mean and deviation of pixels, (2,3,1,1): brought to a GPU once, for the host would wait for it, and a graph cannot."""
+    with torch.inference_mode(False):
+        return torch.tensor((processor.image_mean, processor.image_std), dtype=dtype, device=device)[:, :, None, None]
+
+
 class DINOv3(Freezable, Part):
     """DINOv3 as the frozen backbone: uint8 frames (B,T,3,H,W) to patch features (B,T,N,D), N = H/16 * W/16.
 
@@ -203,12 +212,12 @@ class DINOv3(Freezable, Part):
         """uint8 (...,3,H,W) to pixels with the backbone's mean and deviation, in the parameters' dtype."""
         dtype = self.backbone.embeddings.cls_token.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        constants = torch.tensor((self.processor.image_mean, self.processor.image_std), dtype=wide, device=frames.device)
-        mean, std = constants[:, :, None, None]
+        mean, std = _statistics(self.processor, wide, frames.device)
         return ((frames.to(wide) / 255 - mean) / std).to(dtype)
 
     @torch.no_grad()
     @one_call
+    @captured
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Features (B,T,N,D), in the parameters' dtype, of uint8 frames (B,T,3,H,W), H and W multiples of the patch size.
 

@@ -11,21 +11,19 @@ product's rounding depends on its number of rows, and no further.
 
 from __future__ import annotations
 
-import threading
+import functools
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 
-from deltakern import backend, ops
+from deltakern import ops
 from deltakern.models.noise import KINDS, IndexedNoise
 from deltakern.models.validate import check_floating, check_positive
-from deltakern.nn.block import all_plain
-from deltakern.nn.weights import Derived, Snapshot, calling, check_once, dtype_for, outside, store_of
+from deltakern.nn import graphs
+from deltakern.nn.weights import outside
 
 if TYPE_CHECKING:
     from deltakern.models.deltatok import DeltaTok, Rope
@@ -36,8 +34,6 @@ MEMORY_BUDGET = 1 << 30
 
 TRAINED_CONTEXT = 7
 """Tokens that a query of the released models has seen at most: they were trained on clips of 8 frames."""
-
-GRAPHS_KEPT = 8
 
 Which = str | int | Sequence[int] | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
@@ -157,113 +153,6 @@ def _steps(world: DeltaWorld, past: torch.Tensor, timestamps: torch.Tensor, nois
     return tokens
 
 
-class _Graph:
-    """``_steps`` for fixed shapes as one CUDA graph, with buffers of its own for inputs and result.
-
-    What a replay relies on, and how it is seen to: kernels are compiled and libraries set up before the capture, by running the steps;
-    what is derived of live weights is derived in the graph, of frozen ones before it; nothing that is made then is an inference tensor,
-    which could not be written to outside of inference mode, or comes from autocast's cache, which is emptied behind the graph's back; all
-    happens on the inputs' device, whichever is current; other threads may go on using the GPU, though not capture.
-    """
-
-    _capturing = threading.Lock()
-
-    def __init__(self, world: DeltaWorld, inputs: Sequence[torch.Tensor], pool: Any, stream: torch.cuda.Stream) -> None:
-        device = inputs[0].device
-        kind = device.type
-        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
-        with self._capturing, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), autocast:
-            self.inputs = [t.clone() for t in inputs]
-            store = _lasting(world)  # looked at by the caller
-            with calling(store) as call:
-                call.checked.add(store)
-                _steps(world, *self.inputs)
-            self.graph = torch.cuda.CUDAGraph()
-            try:
-                with (
-                    calling(store) as call,
-                    torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-                ):
-                    call.checked.add(store)
-                    self.tokens = _steps(world, *self.inputs)
-            except RuntimeError as problem:
-                what = "the steps could not be captured as a CUDA graph; cuda_graph=False launches them one by one"
-                raise RuntimeError(what) from problem
-
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        for buffer, given in zip(self.inputs, inputs, strict=True):
-            buffer.copy_(given)
-        self.graph.replay()
-        return self.tokens.clone()
-
-
-def _lasting(world: DeltaWorld) -> Derived | None:
-    """Where the predictor's derived weights are kept beyond a call; None where they are live."""
-    store = store_of(world.predictor)
-    return store if store is not None and store.lasting else None
-
-
-class Graphs:
-    """The captured graphs of one world, the latest :data:`GRAPHS_KEPT`, by shapes.
-
-    A graph of live weights reads the parameters where they lie and derives anew, so it follows what is written to them; it is dropped when
-    one of them, or a module, is put in the place of another or lies elsewhere. A graph of frozen weights ends with what was derived.
-
-    They share one pool of memory, as nothing of a replay outlives the call but its result, which is copied. So calls take
-    turns: on the host by a lock, on the GPU by an event, whatever streams they come from. Copies and pickles begin empty.
-    """
-
-    def __init__(self) -> None:
-        self._of: tuple[nn.Module, Snapshot, bool] | None = None
-        self._kept: OrderedDict[Any, _Graph] = OrderedDict()
-        self._memory: tuple[Any, torch.cuda.Stream] | None = None
-        self._done: torch.cuda.Event | None = None
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Graphs, ()
-
-    def run(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``_steps`` of the inputs, captured at the first call with their shapes and replayed from then on.
-
-        They are launched one by one where a layer of the predictor is not plain, for a replay runs no hooks.
-        """
-        with self._lock:
-            predictor = world.predictor
-            if self._of is None or self._of[0] is not predictor or self._of[1].moved() is not None:
-                self._of = predictor, Snapshot(predictor), all_plain(predictor)
-                self._kept.clear()
-            if self._of[2]:
-                return self._replay(world, inputs)
-        return _steps(world, *inputs)
-
-    def _replay(self, world: DeltaWorld, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        device, store = inputs[0].device, _lasting(world)
-        check_once(store)  # before a replay, which asks nothing
-        dtype = dtype_for(world.predictor.head, inputs[0])
-        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in inputs)
-        key = (None if store is None else store.token, dtype, backend.preferred(), torch.get_float32_matmul_precision(), shapes)
-        stream = torch.cuda.current_stream(device)
-        if self._done is not None:
-            stream.wait_event(self._done)
-        graph = self._kept.pop(key, None)
-        if graph is None:
-            if not self._kept or self._memory is None:  # a pool ends with the last graph in it
-                self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-            graph = _Graph(world, inputs, *self._memory)
-        self._kept[key] = graph
-        while len(self._kept) > GRAPHS_KEPT:
-            self._kept.popitem(last=False)
-        tokens = graph(inputs)
-        self._done = stream.record_event()
-        return tokens
-
-
-def captures(device: torch.device) -> bool:
-    """Whether steps on this device can be captured here and now: on a GPU, outside of other captures and of torch.compile."""
-    return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
-
-
 def _sample_bytes(world: DeltaWorld, z: torch.Tensor, horizon: int) -> int:
     """About what one sample of a portion takes: its own keys and values, noise and tokens, activations of MLP and attention."""
     layers, width, size = len(world.predictor.blocks), world.predictor_hidden_size, z.element_size()
@@ -292,12 +181,14 @@ def sample(
     tokens = z.new_empty((batch, num_samples, timestamps.shape[1] - context, world.backbone.hidden_size))
     draw = noise.source(world, tuple(tokens.shape[:3]), z)
     at_once = memory_budget // _sample_bytes(world, z, tokens.shape[2])
-    captured = cuda_graph and captures(z.device)
+    captured = cuda_graph and graphs.captures(z.device)
     past = memory if memory is not None else z if captured else world.predictor.project(z)  # captured, the graph projects
     for clips, samples in portions(batch, num_samples, at_once):
         some = _slice(clips)
         inputs = (past[some] if past is z else past[:, :, some], timestamps[some], draw(clips, samples))
-        tokens[some, _slice(samples)] = world._graphs.run(world, inputs) if captured else _steps(world, *inputs)
+        steps = functools.partial(_steps, world)
+        made = graphs.graphs_of(world.predictor).run(world.predictor, "steps", steps, inputs) if captured else steps(*inputs)
+        tokens[some, _slice(samples)] = made
     return tokens
 
 

@@ -573,7 +573,8 @@ def all_plain(module: nn.Module) -> bool:
     """Whether calling ``module`` is nothing but what its plain layers compute: no hooks, nothing unknown, no forward put in its place."""
     for part in module.modules():
         kind = _kind(part)
-        if odd(part, kind or type(part)) or (kind is None and next(part.children(), None) is None):
+        leaf = next(part.children(), None) is None
+        if odd(part, kind or type(part)) or (kind is None and leaf and not type(part).__module__.startswith("torch.nn.modules.")):
             return False
     return True
 

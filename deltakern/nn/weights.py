@@ -322,18 +322,19 @@ class Derived:
 
 
 class Frozen(Derived):
-    """What is derived from weights until it is dropped, with a guard over those weights.
+    """What is derived from weights until it is dropped, with a guard over those weights. ``captures``: whether stages are captured.
 
     Copies and pickles begin empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, captures: bool = True) -> None:
         super().__init__(lasting=True)
+        self.captures = captures
         self._guard: Guard | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Frozen, ()
+        return Frozen, (self.captures,)
 
     def _keep(self, at: tuple[nn.Module, Any], parameters: tuple[torch.Tensor | None, ...], make: Callable[[], Value]) -> _Entry:
         marks = tuple(map(_mark, parameters))
@@ -585,12 +586,13 @@ class Part:
     """A class whose instances are frozen as one: their weights are looked at together, once a call."""
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: nn.Module, *, cuda_graphs: bool = True) -> nn.Module:
     """Freezes ``model`` for inference: evaluation mode, no gradient for any parameter, weights derived once. Returns it.
 
     What is derived (packed, cast to the dtype of the computation, LayerScale folded in, reordered for oneDNN on a CPU) is made at the
     first call that needs it and kept beside the parameters, which keep their names and values. See the module's docstring for what
-    happens when they change.
+    happens when they change. On a GPU its stages (backbone, encode, decode, tokenize, sample) are captured as CUDA graphs, by shape, see
+    :mod:`deltakern.nn.graphs`; not with ``cuda_graphs=False``.
 
     Raises:
         TypeError: nothing in ``model`` is of this package.
@@ -605,7 +607,7 @@ def freeze(model: nn.Module) -> nn.Module:
     model.requires_grad_(False)
     for part in model.modules():
         if part is model or isinstance(part, Part):
-            store = Frozen()
+            store = Frozen(cuda_graphs)
             for owner in part.modules():
                 if isinstance(owner, Freezable):
                     if owner._frozen is not None:
@@ -635,7 +637,7 @@ def hold(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
+def frozen(model: nn.Module, *, cuda_graphs: bool = True) -> Iterator[nn.Module]:
     """Within the context ``model`` is frozen; behind it, it is as it was: its mode, its gradients, what of it was frozen. Nothing is done
     where all of it was. A backward pass through activation checkpoints belongs within: it computes the forward pass again."""
     if is_frozen(model):
@@ -644,7 +646,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     modes = [(m, m.__dict__.get("_frozen"), m.__dict__.get(_TRAINED), m.training) for m in model.modules()]
     gradients = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        freeze(model)
+        freeze(model, cuda_graphs=cuda_graphs)
         yield model
     finally:
         unfreeze(model)
