@@ -173,12 +173,11 @@ def world(number: int, unit: float) -> Iterator[Time]:
     made = deltakern.freeze(_world())
     z, times = torch.randn(1, 4, 64), torch.arange(5.0)[None] / 5
     queries = torch.randn(1, 20, 1, 64)
-    memory = made.predictor.project(z)
-    keys_values = list(zip(*memory.unbind(0), strict=True))
+    keys_values = made.predictor.keys_values(z)
     mix = made._mix(times[:, 4:], times[:, :4])
 
     def step() -> torch.Tensor:
-        return made.predictor(queries[:, :, 0], keys_values, None, mix)
+        return made.predictor(queries[:, :, 0], keys_values, mix)
 
     def sample() -> torch.Tensor:
         return made.sample(z, times, 1, 20, queries=queries)
@@ -188,8 +187,7 @@ def world(number: int, unit: float) -> Iterator[Time]:
 
     def search() -> tuple[torch.Tensor, ...]:
         """Without the winner's look-up, because its index is garbage here."""
-        projected = list(zip(*made.predictor.project(past).unbind(), strict=True))
-        return made.predictor.best(made._predict(projected, stamps, noise, head=False), target, reduce_dims=1)
+        return made.predictor.best(made._predict(made.predictor.keys_values(past), stamps, noise, head=False), target, reduce_dims=1)
 
     with torch.no_grad(), calling():
         for name, call in (("predictor step", step), ("sample, 20 futures", sample), ("candidate search", search)):

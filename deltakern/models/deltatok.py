@@ -14,9 +14,9 @@ from deltakern.models import checkpoint
 from deltakern.models.dinov3 import patch_rope
 from deltakern.models.validate import check_frames, check_positive
 from deltakern.nn import Assembly, Block, Residual
-from deltakern.nn.block import QK_NORM_ORDERS, Rope, add_and_norm
+from deltakern.nn.block import QK_NORM_ORDERS, Rope, add_and_norm, all_plain
 from deltakern.nn.graphs import captured
-from deltakern.nn.weights import Freezable, Part, compute_dtype, derived, hold, lasts, one_call, settled, table
+from deltakern.nn.weights import Freezable, Part, compute_dtype, derived, hold, lasts, one_call, store_of, table
 
 
 @dataclass(frozen=True)
@@ -224,11 +224,11 @@ class DeltaTok(Freezable, Part):
             return self.features(torch.zeros_like(frames[:, :1]))[:, 0]
         black, backbone = frames.new_zeros((1, 1, *frames.shape[2:])), self.backbone
         owner = backbone if isinstance(backbone, Freezable) else self
-        if not lasts(owner) or not settled(backbone):
+        if not (lasts(owner) and all_plain(backbone)):
             return self.features(black)[:, 0].expand(batch, -1, -1)
         key = ("black", black.shape, black.dtype, black.device, compute_dtype(black.device.type, torch.float32), *backbone.modules())
         weights = [*backbone.parameters(), *backbone.buffers()]
-        return derived(owner, key, weights, lambda: self.features(black)[:, 0]).expand(batch, -1, -1)
+        return derived(store_of(owner), owner, key, weights, lambda: self.features(black)[:, 0]).expand(batch, -1, -1)
 
     def _rope(self, frames: torch.Tensor) -> Rope:
         """Cosines and sines (N, D / heads) for the patches of frames (..., H, W); stretched at random while training."""

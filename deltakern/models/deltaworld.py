@@ -91,7 +91,7 @@ class DeltaWorld(World):
         """:meth:`predict`, of tokens or of their keys and values; without the head the predictor's last stream and branch, (B,T-1,K,D)
         each."""
         mix = self._mix(timestamps[:, 1:], timestamps[:, :-1], torch.arange(1, timestamps.shape[1], device=queries.device))
-        out = self.predictor(queries.flatten(1, 2), memory, None, mix, head=head)
+        out = self.predictor(queries.flatten(1, 2), memory, mix, head=head)
         return out.unflatten(1, queries.shape[1:3])
 
     def _forward_train(self, frames, timestamps, criterion, queries, generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +114,7 @@ class DeltaWorld(World):
 
         def search(q: torch.Tensor) -> Residual:
             if not projected:  # once for all chunks of candidates
-                projected.extend(zip(*self.predictor.project(past).unbind(), strict=True))
+                projected.extend(self.predictor.keys_values(past))
             return self._predict(projected, timestamps, q, head=False)
 
         best = self._training_queries(search, target, criterion, queries, generator)
@@ -148,13 +148,13 @@ class DeltaWorld(World):
                 fresh = [(k[:, :, None], v[:, :, None]) for k, v in fresh]
                 own_kv = fresh if own_kv is None else behind(own_kv, fresh, 2)
             mix = [self._mix(now, before, own=kv, own_time=since) for kv in own_kv] if own_kv else self._mix(now, before)
-            predicted = self.predictor(q, cached, None, mix)
+            predicted = self.predictor(q, cached, mix)
             state = {**state, "context": cached, "own_kv": own_kv}
         else:
             memory = torch.cat((tokens[:, None].expand(-1, samples, -1, -1), own), 2).flatten(0, 1)
             times = timestamps.repeat_interleave(samples, 0)
             mix = self._mix(times[:, frame : frame + 1], times[:, :frame])
-            predicted = self.predictor(q.flatten(0, 1)[:, None], memory, None, mix).view(batch, samples, -1)
+            predicted = self.predictor(q.flatten(0, 1)[:, None], memory, mix).view(batch, samples, -1)
         features = self.tokenizer.decode(predicted.flatten(0, 1)[:, None], state["x"], state["rope"])
         appended = torch.cat((own, predicted.detach()[:, :, None].to(own.dtype)), 2)
         return features, {**state, "own": appended, "x": features.detach()}

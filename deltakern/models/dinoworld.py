@@ -72,14 +72,18 @@ class DINOWorld(World):
         with torch.no_grad():
             return self.backbone(frames)
 
-    def _rotate(self, frames: torch.Tensor, time: torch.Tensor, candidates: int = 1):
-        """Rotation of keys or queries (B,T*K*N,H,d), of K candidates at every patch of frames at times (B,T)."""
+    def _rotate(self, t: torch.Tensor, frames: torch.Tensor, time: torch.Tensor, candidates: int = 1) -> torch.Tensor:
+        """Keys or queries (B,T*K*N,H,d), rotated, of K candidates at every patch of frames at times (B,T)."""
         rows, columns = (size // self.backbone.patch_size for size in frames.shape[-2:])
         lines = (torch.linspace(-1, 1, n, device=frames.device) for n in (rows, columns))
         y, x = (grid.flatten()[None, None] for grid in torch.meshgrid(*lines, indexing="ij"))
         places = zip((time[..., None], x, y), self.rope_axis_sizes, strict=True)
         angles = [axis_angles(place, size)[:, :, None, :, None] for place, size in places]
-        return lambda k: rotate_axes(k.unflatten(1, (time.shape[1], candidates, rows * columns)), angles).flatten(1, 3)
+        return rotate_axes(t.unflatten(1, (time.shape[1], candidates, rows * columns)), angles).flatten(1, 3)
+
+    def _keys_values(self, tokens: torch.Tensor, frames: torch.Tensor, time: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of every block, keys rotated."""
+        return [(self._rotate(k, frames, time), v) for k, v in self.predictor.keys_values(tokens)]
 
     def _predict(
         self, frames: torch.Tensor, past: torch.Tensor, timestamps: torch.Tensor, queries: torch.Tensor, *, head: bool = True
@@ -92,12 +96,13 @@ class DINOWorld(World):
         patches = past.shape[1] // groups
 
         def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            q = self._rotate(frames, timestamps[:, 1:], candidates)(q).unflatten(1, (groups, -1))
+            q = self._rotate(q, frames, timestamps[:, 1:], candidates).unflatten(1, (groups, -1))
+            k = self._rotate(k, frames, timestamps[:, :-1])
             seen = [patches * (g + 1) for g in range(groups)]
             return torch.cat([attend(q[:, g], k[:, :n], v[:, :n]) for g, n in enumerate(seen)], 1)
 
         q = queries[:, :, :, None].expand(-1, -1, -1, patches, -1).reshape(batch, -1, width)
-        out = self.predictor(q, past, self._rotate(frames, timestamps[:, :-1]), mix, head=head)
+        out = self.predictor(q, past, mix, head=head)
         return out.unflatten(1, (groups, candidates, patches))
 
     def _forward_train(self, frames, timestamps, criterion, queries, generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,16 +126,16 @@ class DINOWorld(World):
         times = timestamps.repeat_interleave(samples, 0)
         cached, own_kv = state["context"], state["own_kv"]
         if cached is None or not self.savings.context_cache:
-            cached = self.predictor.keys_values(tokens, self._rotate(frames, timestamps[:, :context]))
-            own_kv = self.predictor.keys_values(own, self._rotate(frames, times[:, context:frame]))
+            cached = self._keys_values(tokens, frames, timestamps[:, :context])
+            own_kv = self._keys_values(own, frames, times[:, context:frame])
         elif own.shape[1]:
-            own_kv = behind(own_kv, self.predictor.keys_values(own[:, -patches:], self._rotate(frames, times[:, frame - 1 : frame])), 1)
+            own_kv = behind(own_kv, self._keys_values(own[:, -patches:], frames, times[:, frame - 1 : frame]), 1)
         memory = behind([tuple(t.repeat_interleave(samples, 0) for t in kv) for kv in cached], own_kv, 1)
         q = q.flatten(0, 1)[:, None].expand(-1, patches, -1)
 
         def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attend(self._rotate(frames, times[:, frame : frame + 1])(q), k, v)
+            return attend(self._rotate(q, frames, times[:, frame : frame + 1]), k, v)
 
-        features = self.predictor(q, memory, None, mix)
+        features = self.predictor(q, memory, mix)
         appended = torch.cat((own, features.detach().to(own.dtype)), 1)
         return features, {**state, "own": appended, "context": cached, "own_kv": own_kv}

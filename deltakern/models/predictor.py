@@ -16,7 +16,6 @@ from deltakern.nn.product import apply_linear, cast, evaluates, join, product
 from deltakern.nn.weights import Freezable, Part, dtype_for, kernels_run, lasts, one_call, plain, read
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
-Rotate = Callable[[torch.Tensor], torch.Tensor]
 Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -35,16 +34,10 @@ class CrossAttention(Freezable):
         dtype = dtype_for(self.kv_proj, memory)
         return apply_linear(self, "kv", self.kv_proj, memory.to(dtype), dtype).unflatten(-1, (2, self.num_heads, -1))
 
-    def keys_values(self, memory: torch.Tensor, rotate: Rotate | None = None) -> KeysValues:
-        """Keys, rotated where that is asked for, and values of memory tokens (B,T,Dm): each (B,T,H,d)."""
-        keys, values = self.project(memory).unbind(2)
-        return keys if rotate is None else rotate(keys), values
-
     def forward(
         self,
         normed: torch.Tensor,
         memory: torch.Tensor | KeysValues,
-        rotate: Rotate | None,
         mix: Mix,
         *,
         rows: Rows,
@@ -56,15 +49,14 @@ class CrossAttention(Freezable):
 
         Args:
             normed: the queries.
-            memory: (B,T,Dm) tokens, projected here, or the keys and values that :meth:`keys_values` made of them.
-            rotate: applies the keys' RoPE; None where ``mix`` does that, or where ``memory`` is keys and values.
-            mix: ``mix(q, k, v)`` is the attention itself, of rotated or unrotated queries, as the caller defines it.
+            memory: (B,T,Dm) tokens, projected here, or keys and values (B,T,H,d) of theirs.
+            mix: ``mix(q, k, v)`` is the attention itself with its RoPE, as the caller defines it.
             rows, recompute: of blocks whose rows see each other; here all go on, and nothing is made again.
             scale: (D,) folded into the output projection.
             into: (B,Q,D) that the result is added to.
         """
         query, out, query_known, out_known = self.known()
-        kv = self.keys_values(memory, rotate) if isinstance(memory, torch.Tensor) else memory
+        kv = self.project(memory).unbind(2) if isinstance(memory, torch.Tensor) else memory
         q = apply_linear(self, "q", query, normed, normed.dtype, known=query_known).unflatten(-1, (self.num_heads, -1))
         return apply_linear(self, "out", out, mix(q, *kv).flatten(2), normed.dtype, scale=scale, into=into, known=out_known)
 
@@ -79,8 +71,8 @@ class CrossAttention(Freezable):
 
 
 class PredictorBlock(TransformerBlock):
-    """q += ls1 * attention(LN(q), memory); q += ls2 * MLP(LN(q)). Called with the queries' :class:`deltakern.nn.Residual`, ``memory``,
-    ``rotate`` and ``mix``, see :class:`CrossAttention`."""
+    """q += ls1 * attention(LN(q), memory); q += ls2 * MLP(LN(q)). Called with the queries' :class:`deltakern.nn.Residual`, ``memory`` and
+    ``mix``, see :class:`CrossAttention`."""
 
     def __init__(self, width: int, memory_width: int, heads: int, mlp_ratio: int, layer_scale_init: float) -> None:
         super().__init__(
@@ -96,10 +88,6 @@ class PredictorBlock(TransformerBlock):
     def project(self, memory: torch.Tensor) -> torch.Tensor:
         """:meth:`CrossAttention.project`; by way of the block, because a sharded one gathers its weights where it is called."""
         return self.attention.project(memory)
-
-    def keys_values(self, memory: torch.Tensor, rotate: Rotate | None = None) -> KeysValues:
-        """:meth:`CrossAttention.keys_values`, by way of the block too."""
-        return self.attention.keys_values(memory, rotate)
 
 
 class Predictor(Freezable, Part):
@@ -150,10 +138,9 @@ class Predictor(Freezable, Part):
                 nn.init.trunc_normal_(module.weight, std=initializer_range)
                 nn.init.zeros_(module.bias)
 
-    @one_call
-    def keys_values(self, memory: torch.Tensor, rotate: Rotate | None = None) -> list[KeysValues]:
-        """Keys and values of memory tokens (B,T,Dm) in every block; they depend on no query."""
-        return [block.keys_values(memory, rotate) for block in self.blocks]
+    def keys_values(self, memory: torch.Tensor) -> list[KeysValues]:
+        """:meth:`project`, as a list of each block's keys and values, (B,T,H,d) each."""
+        return list(zip(*self.project(memory).unbind(), strict=True))
 
     @one_call
     def project(self, memory: torch.Tensor) -> torch.Tensor:
@@ -177,7 +164,6 @@ class Predictor(Freezable, Part):
         self,
         queries: torch.Tensor,
         memory: torch.Tensor | Sequence[KeysValues],
-        rotate: Rotate | None,
         mix: Mix | Sequence[Mix],
         *,
         head: bool = True,
@@ -186,7 +172,6 @@ class Predictor(Freezable, Part):
 
         Args:
             memory: tokens (B,T,Dm), or the list of :meth:`keys_values`.
-            rotate: the keys' RoPE; None where ``mix`` does that, or where ``memory`` is keys and values.
             mix: the attention, one for all blocks or one a block.
             head: False stops before the last norm and the head: the stream and the last branch, (B,Q,D) each, for
                 :meth:`predictions` or :meth:`best`.
@@ -194,7 +179,7 @@ class Predictor(Freezable, Part):
         entry = Residual(queries)
         for i, block in enumerate(self.blocks):
             own = memory if isinstance(memory, torch.Tensor) else memory[i]
-            entry = block(entry, own, rotate, mix if callable(mix) else mix[i])
+            entry = block(entry, own, mix if callable(mix) else mix[i])
         return self.predictions(entry) if head else entry
 
     def predictions(self, entry: Residual) -> torch.Tensor:

@@ -62,8 +62,13 @@ class Futures:
 
 
 def check_times(timestamps: torch.Tensor, shape: tuple[int, int], layout: str) -> None:
-    """Timestamps must be floating, (B, C+h), finite, and must not go backwards."""
+    """Timestamps must be floating, (B, C+h), finite, and must not go backwards. Those on a GPU are held to it there, by an assertion that
+    ends the process's use of the GPU."""
     check_floating("timestamps", timestamps, layout, shape, of=" of seconds")
+    if timestamps.is_cuda:  # where the host does not wait for the answer
+        right = (timestamps.diff(dim=1) >= 0).all() & timestamps.isfinite().all()
+        torch._assert_async(right, "timestamps must be finite seconds that do not go backwards")
+        return
     if not bool(timestamps.isfinite().all()):
         raise ValueError("timestamps must be finite seconds, got NaN or infinity")
     backwards = (timestamps.diff(dim=1) < 0).nonzero()
@@ -147,7 +152,7 @@ def _steps(world: DeltaWorld, past: torch.Tensor, timestamps: torch.Tensor, nois
     for step in range(horizon):
         now, since = timestamps[:, context + step, None], timestamps[:, context : context + step]
         mix = [world._mix(now, before, own=own[:, i, :, :, :step].unbind(), own_time=since) for i in range(layers if step else 1)]
-        tokens[:, :, step] = predictor(noise[:, :, step], keys_values, None, mix if step else mix[0])
+        tokens[:, :, step] = predictor(noise[:, :, step], keys_values, mix if step else mix[0])
         if step + 1 < horizon:
             own[:, :, :, :, step] = predictor.project(tokens[:, :, step])
     return tokens

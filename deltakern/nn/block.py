@@ -570,13 +570,12 @@ def _kind(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def all_plain(module: nn.Module) -> bool:
-    """Whether calling ``module`` is nothing but what its plain layers compute: no hooks, nothing unknown, no forward put in its place."""
-    for part in module.modules():
-        kind = _kind(part)
-        leaf = next(part.children(), None) is None
-        if odd(part, kind or type(part)) or (kind is None and leaf and not type(part).__module__.startswith("torch.nn.modules.")):
-            return False
-    return True
+    """Whether calling ``module`` does nothing but compute with its parameters and buffers: no hooks, no forward put in the place of
+    another, no class that is neither torch's nor this package's."""
+    return all(
+        not odd(part, _kind(part) or type(part)) and type(part).__module__.startswith(("torch.nn.modules.", "deltakern."))
+        for part in module.modules()
+    )
 
 
 class BlockExplanation(NamedTuple):

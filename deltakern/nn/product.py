@@ -21,7 +21,7 @@ from torch import nn
 
 from deltakern import backend, ops
 from deltakern.nn.recompute import Fleeting, recomputed_linear
-from deltakern.nn.weights import Derived, Parameters, Reading, derived_in, read, store_of
+from deltakern.nn.weights import Derived, Parameters, Reading, derived, read, store_of
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -146,7 +146,7 @@ def cast(
     def make() -> Pair:
         return tuple(None if t is None else t.to(dtype) for t in build(*parameters))
 
-    return derived_in(store_of(owner) if store is ... else store, owner, (name, dtype), parameters, make)
+    return derived(store_of(owner) if store is ... else store, owner, (name, dtype), parameters, make)
 
 
 def product(
@@ -184,7 +184,7 @@ def product(
             weight, bias = build(*parameters)
             return reorder(weight), bias
 
-        out = pointwise(x, *derived_in(store, owner, (name, "reordered"), parameters, make), then, into)
+        out = pointwise(x, *derived(store, owner, (name, "reordered"), parameters, make), then, into)
     else:
         out = F.linear(x, *cast(owner, name, parameters, dtype, build, store))
         out = out if into is None else out.add_(into)

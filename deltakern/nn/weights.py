@@ -166,20 +166,6 @@ def _nothing() -> None:
     """What a copy knows of its structure."""
 
 
-def settled(module: nn.Module) -> bool:
-    """Whether what ``module`` computes depends on its parameters and buffers alone: no hooks, no forward put in the place of another, no
-    class that is neither torch's nor this package's, and nothing live in it where it can be frozen."""
-    for part in module.modules():
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-            return False
-        if isinstance(part, Freezable):
-            if not lasts(part):
-                return False
-        elif not type(part).__module__.startswith(("torch.nn.modules.", "deltakern.")):
-            return False
-    return True
-
-
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     """A view of some of a tensor's bits, spread over its storage; None of one that has none to look at."""
     if tensor.is_meta or tensor.numel() == 0:
@@ -213,26 +199,23 @@ class Guard:
     def __init__(self, tensors: Sequence[torch.Tensor], were: Sequence[Mark | None] | None = None) -> None:
         """``were``: address and samples of each at an earlier time, see :func:`_mark`."""
         marked = [(t, _mark(t)) for t in tensors] if were is None else zip(tensors, were, strict=True)
-        marked = [(t, *mark) for t, mark in marked if mark is not None]
-        self._tensors, self._places, values = ([entry[i] for entry in marked] for i in range(3))
-        if self.moved() is not None:  # before there was a guard: there is nothing more to compare
-            self._on_cpu, self._on_gpu = [], []
-            return
-        views = [_sample(t) for t in self._tensors]
-        groups: dict[Any, list[int]] = {}
-        for i, view in enumerate(views):
-            if view is not None:
-                groups.setdefault((view.device, view.dtype), []).append(i)
-        self._on_cpu: list[tuple[list[int], list[np.ndarray], np.ndarray]] = []
-        self._on_gpu: list[tuple[list[int], list[torch.Tensor], torch.Tensor]] = []
+        self._marked = [(t, *mark) for t, mark in marked if mark is not None]
+        self._tensors, self._places = [t for t, *_ in self._marked], [place for _, place, _ in self._marked]
+        groups: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        if self.moved() is None:  # else, before there was a guard, there is nothing more to compare
+            for tensor, _, value in self._marked:
+                if value is not None:
+                    groups.setdefault((value.device, value.dtype), []).append((_sample(tensor), value))
+        self._on_cpu: list[tuple[list[np.ndarray], np.ndarray]] = []
+        self._on_gpu: list[tuple[list[torch.Tensor], torch.Tensor]] = []
         self._pending: dict[int, tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = {}
         with torch.inference_mode(False):
-            for (device, _), indices in groups.items():
-                now, before = [views[i] for i in indices], [values[i] for i in indices]
+            for (device, _), pairs in groups.items():
+                now, before = zip(*pairs, strict=True)
                 if device.type == "cpu":
-                    self._on_cpu.append((indices, [v.numpy() for v in now], np.concatenate([v.numpy() for v in before])))
+                    self._on_cpu.append(([v.numpy() for v in now], np.concatenate([v.numpy() for v in before])))
                 else:
-                    self._on_gpu.append((indices, now, torch.cat(before)))
+                    self._on_gpu.append((list(now), torch.cat(before)))
 
     def moved(self) -> torch.Tensor | None:
         """A tensor that lies elsewhere than it did, or otherwise."""
@@ -245,14 +228,9 @@ class Guard:
         """A tensor that is not as it was; None where none is known of."""
         if (tensor := self.moved()) is not None:
             return tensor
-        for indices, views, expected in self._on_cpu:
-            different = np.concatenate(views) != expected
-            if different.any():
-                return self._which(indices, views, int(different.argmax()))
-        for number, (indices, views, expected) in enumerate(self._on_gpu):
-            if self._ask(number, views, expected):
-                different = torch.cat(views) != expected
-                return self._which(indices, views, int(different.int().argmax()))
+        differ = any((np.concatenate(views) != expected).any() for views, expected in self._on_cpu)
+        if differ or any([self._ask(i, views, expected) for i, (views, expected) in enumerate(self._on_gpu)]):  # noqa: C419 - ask all
+            return next((t for t, _, value in self._marked if value is not None and not torch.equal(_sample(t), value)), None)
         return None
 
     def _ask(self, number: int, views: list[torch.Tensor], expected: torch.Tensor) -> bool:
@@ -270,14 +248,6 @@ class Guard:
         host.copy_(flag, non_blocking=True)
         self._pending[number] = flag, host, torch.cuda.current_stream(expected.device).record_event()
         return told
-
-    def _which(self, indices: list[int], views: Sequence[Any], element: int) -> torch.Tensor:
-        """The tensor that sample number ``element`` is of."""
-        for i, view in zip(indices, views, strict=True):
-            if element < len(view):
-                return self._tensors[i]
-            element -= len(view)
-        return self._tensors[indices[-1]]
 
 
 class _Entry(NamedTuple):
@@ -546,14 +516,9 @@ def check_once(store: Derived | None) -> None:
             call.checked.add(store)
 
 
-def derived(owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[], Value]) -> Value:
-    """``make()``, which is made of ``parameters``: kept for the call or, frozen, until further notice; where gradients flow to a
-    parameter, anew."""
-    return derived_in(store_of(owner), owner, key, parameters, make)
-
-
-def derived_in(store: Derived | None, owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[], Value]) -> Value:
-    """:func:`derived`, where :func:`store_of` was asked."""
+def derived(store: Derived | None, owner: nn.Module, key: Any, parameters: Parameters, make: Callable[[], Value]) -> Value:
+    """``make()``, which is made of ``parameters``: kept for the call or, frozen, until further notice in ``store``, which is
+    :func:`store_of` the owner's; where gradients flow to a parameter, anew."""
     if store is None:
         return make()
     check_once(store)

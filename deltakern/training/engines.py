@@ -108,7 +108,7 @@ def shard(network: nn.Module, mesh: Any = None, *, compute_dtype: torch.dtype | 
     for block in blocks(network):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)
-    for module, names in ((network, _PUBLIC), *((block, ("project", "keys_values")) for block in blocks(network))):
+    for module, names in ((network, _PUBLIC), *((block, ("project",)) for block in blocks(network))):
         for name in names:
             if hasattr(module, name):
                 register_fsdp_forward_method(module, name)
