@@ -103,11 +103,16 @@ def made(source: str, name: str, values: dict[str, Any]) -> Any:
     return known[name]
 
 
+_SCALARS = frozenset({float, int, bool, str, type(None), torch.dtype})
+"""What a launcher takes beside tensors. The registered op converts the other numbers: those of NumPy, tensors of one element."""
+
+
 @functools.cache
-def _key(count: int) -> Callable[..., Key]:
-    """The key of so many arguments."""
-    names = [f"a{i}" for i in range(count)]
-    return made(f"def key({', '.join(names)}):\n    return ({', '.join(map(key_of, names))},)", "key", {})
+def _key(tensors: tuple[bool, ...]) -> Callable[..., Key]:
+    """The key of arguments, each of which is a tensor, or not."""
+    names = [f"a{i}" for i in range(len(tensors))]
+    keys = [key_of(n) if tensor else f"{n} if type({n}) in scalars else odd({n})" for n, tensor in zip(names, tensors, strict=True)]
+    return made(f"def key({', '.join(names)}):\n    return ({', '.join(keys)},)", "key", {"scalars": _SCALARS})
 
 
 def needs_grad(*tensors: Any) -> bool:
@@ -129,7 +134,8 @@ class LibraryOp:
             return runs[next(a for a in arguments if isinstance(a, torch.Tensor)).device.type.upper()](*arguments)
 
         self.overload, self.launcher = overload, next(iter(runs.values())) if len(set(runs.values())) == 1 else by_device
-        self.plans, self.key = Plans() if plans else None, _key(len(overload._schema.arguments))
+        self.plans = Plans() if plans else None
+        self.key = _key(tuple("Tensor" in str(argument.type) for argument in overload._schema.arguments))
 
     def __call__(self, *arguments: Any) -> Any:
         if eager():
@@ -140,6 +146,10 @@ class LibraryOp:
                 return self.overload(*arguments)
             return plan(*arguments) if plan is not None else self.plans.first(at, self.launcher, arguments)
         elif self.plans is not None and getattr(_recording, "by", None) is not None:
+            try:
+                self.key(*arguments)
+            except (RuntimeError, TypeError):
+                return self.overload(*arguments)
             return self.launcher(*arguments)  # its launches are a part of what is recorded
         return self.overload(*arguments)
 
