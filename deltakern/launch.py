@@ -270,8 +270,9 @@ class _Recorder(TorchDispatchMode):
     def _allocation(self, out: torch.Tensor) -> str:
         """Like an argument where there is such a one, which takes less to say."""
         for name, a in self.arguments.items():
-            if type(a) is torch.Tensor and a.is_contiguous() and (a.shape, a.dtype, a.device) == (out.shape, out.dtype, out.device):
-                return f"like({name})"
+            if type(a) is torch.Tensor and a.is_contiguous():
+                if (a.shape, a.stride(), a.dtype, a.device) == (out.shape, out.stride(), out.dtype, out.device):
+                    return f"like({name})"
         return f"empty({tuple(out.shape)}, {tuple(out.stride())}, dtype={self._value(out.dtype)}, device={self._value(out.device)})"
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: Any, options: Any, made: Any) -> None:
