@@ -330,9 +330,9 @@ def _record(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
             result = function(*args, **kwargs)
     finally:
         _recording.by = outer
-    if not recorder.whole:
-        return result, function
     several = type(result) is tuple
+    if not recorder.whole or not all(r is None or id(r) in recorder.names for r in (result if several else (result,))):
+        return result, function
     returned = "(" + "".join(f"{recorder._code(r)}, " for r in result) + ")" if several else recorder._code(result)
     lines, code = [], returned
     for name, line in reversed(recorder.lines):  # views that are read for their address alone are not made
