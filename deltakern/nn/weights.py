@@ -23,7 +23,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -42,7 +42,11 @@ Mark = tuple[Place, torch.Tensor | None]
 Value = TypeVar("Value")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)
-_FORWARD = repeat("forward")
+_WEIGHTS = ("weight", "bias", "lambda1")
+"""What is read of layers."""
+_PARAMETERS = operator.itemgetter("_parameters")
+_SETTINGS = ("eps", "gated", "qk_norm")
+"""Attributes of a module that its answers depend on."""
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -118,21 +122,37 @@ def read(kind: type[nn.Module], layer: nn.Module) -> Reading | None:
 
 class Known:
     """What a module said of its layers, for as long as these are the same objects in the same places, with no hooks and no forward of their
-    own: asking takes ten times as long as looking whether the answer still holds."""
+    own: asking takes ten times as long as looking whether the answer still holds.
+
+    Nothing here refers to the module itself, which would keep its weights until Python looks for cycles.
+
+    Attributes:
+        lasts: whether it can hold at all: not where a weight is no parameter, but an attribute, a buffer or another call's tensor, which
+            may be another one each time (FSDP's flat parameters, functional calls) and should not outlive the call.
+    """
 
     def __init__(self, module: nn.Module, answers: Any) -> None:
-        parts, left = [], [module]
+        below, left = [], [module]
         while left:  # a module below that answers for itself is only looked at
-            parts.append(left.pop())
-            if parts[-1] is module or not isinstance(parts[-1], Freezable):
-                left += [m for m in parts[-1]._modules.values() if m is not None]
+            part = left.pop()
+            if part is not module:
+                below.append(part)
+            if part is module or not isinstance(part, Freezable):
+                left += [m for m in part._modules.values() if m is not None]
         self.answers = answers
-        self._groups = [group for m in parts for group in (m._parameters, m._modules) if group or m is module]
-        self._own = [m.__dict__ for m in parts]
-        self._norms = [(m, m.eps) for m in parts if "eps" in m.__dict__]
-        self._hooks = [h for m in parts for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
+        self._settings = [(name, module.__dict__[name]) for name in _SETTINGS if name in module.__dict__]
+        self._groups = [module._parameters, module._modules]
+        self._groups += [group for m in below for group in (m._parameters, m._modules) if group]
+        self._own, self._parameters = [m.__dict__ for m in below], [m._parameters for m in below]
+        self._norms = [(m, m.eps) for m in below if "eps" in m.__dict__]
+        self._hooks = [h for m in below for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
+        hiding = [(m.__dict__, name) for m in below for name in ("forward", *m._parameters)]
+        self._hiding = [d for d, _ in hiding], [name for _, name in hiding]  # an attribute comes before a parameter of its name
         self._held = self._objects()
         self._types = list(map(type, self._held))
+        ordinary = all(x is None or type(x) is nn.Parameter or isinstance(x, nn.Module) for x in self._held)
+        elsewhere = any(m._buffers or any(name in m.__dict__ for name in _WEIGHTS) for m in below)
+        self.lasts = ordinary and not elsewhere and self.holds(module)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
@@ -150,8 +170,10 @@ class Known:
             and all(map(operator.is_, held, self._held))
             and list(map(type, held)) == self._types
             and not any(self._hooks)
-            and not any(map(operator.contains, self._own, _FORWARD))
+            and not any(map(operator.contains, *self._hiding))
+            and all(map(operator.is_, map(_PARAMETERS, self._own), self._parameters))
             and all([norm.eps == eps for norm, eps in self._norms])  # noqa: C419 - a generator takes longer
+            and all([getattr(module, name) == value for name, value in self._settings])  # noqa: C419
         )
 
 
@@ -490,12 +512,13 @@ class Freezable(nn.Module):
 
     def known(self) -> Any:
         """:meth:`ask`, asked once for as long as it holds."""
+        if torch.compiler.is_compiling():
+            return self.ask()
         known = self.__dict__.get("_known")
         if known is not None and known.holds(self):
             return known.answers
-        if torch.compiler.is_compiling():
-            return self.ask()
-        known = self.__dict__["_known"] = Known(self, self.ask())
+        known = Known(self, self.ask())
+        self.__dict__["_known"] = known if known.lasts else None
         return known.answers
 
     def train(self, mode: bool = True) -> Freezable:
