@@ -32,7 +32,7 @@ _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default}
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 _PLAIN = {_aten.sum.dim_IntList, _aten.clone.default, _aten._to_copy.default, _aten.copy_.default, _aten.zero_.default}
-_PLAIN |= {_aten._unsafe_view.default, _aten._reshape_copy.default}
+_PLAIN |= {_aten._unsafe_view.default, _aten._reshape_copy.default, _aten.mul.Tensor, _aten.sub.Tensor}
 """Operations that do the same under autocast: its sum is in float32, and here partial sums are."""
 _tables: list[Plans] = []
 
@@ -269,10 +269,10 @@ class _Recorder(TorchDispatchMode):
 
     def _allocation(self, out: torch.Tensor) -> str:
         """Like an argument where there is such a one, which takes less to say."""
+        wanted = out.shape, out.stride(), out.dtype, out.device
         for name, a in self.arguments.items():
-            if type(a) is torch.Tensor and a.is_contiguous():
-                if (a.shape, a.stride(), a.dtype, a.device) == (out.shape, out.stride(), out.dtype, out.device):
-                    return f"like({name})"
+            if type(a) is torch.Tensor and a.is_contiguous() and (a.shape, a.stride(), a.dtype, a.device) == wanted:
+                return f"like({name})"
         return f"empty({tuple(out.shape)}, {tuple(out.stride())}, dtype={self._value(out.dtype)}, device={self._value(out.device)})"
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constexprs: Any, options: Any, made: Any) -> None:
