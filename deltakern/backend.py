@@ -196,14 +196,17 @@ _NATIVE = {"cuda": ("triton", "cuda"), "cpu": ("cpp",)}
 _MISSED = "no kernel could be used"
 
 
-def _decide(entry: Op, impl: str, facts: Facts) -> Explanation:
-    """The one rule. Raises :class:`BackendError` where an explicit choice cannot run."""
+def _decide(entry: Op, impl: str, facts: Facts, *, explains: bool = True) -> Explanation:
+    """The one rule. Raises :class:`BackendError` where an explicit choice cannot run. Unless it ``explains``, only kernels that may run are
+    asked about: so a call on a CPU does not import Triton."""
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"{entry.name}: impl is 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}")
     asked, by = (impl, "asked for by impl=") if impl != "auto" else (None, "")
     if asked is None and (want := preferred()) in entry.implementations:
         asked, by = want, "asked for by use_impl or DELTAKERN_IMPL"
-    refused = {name: facts.note or rule(facts) for name, rule in entry.kernels.items()}
+    native = _NATIVE.get(facts.device, ())
+    may = entry.kernels if explains else native if asked is None else (asked,)
+    refused = {name: facts.note or rule(facts) for name, rule in entry.kernels.items() if name in may}
     if asked is not None:
         if asked not in entry.implementations:
             raise BackendError(f"{entry.name}: has no implementation {asked!r}; it has {entry.implementations}")
@@ -213,7 +216,6 @@ def _decide(entry: Op, impl: str, facts: Facts) -> Explanation:
         if asked != "reference":
             others["reference"] = f"{asked} was {by}"
         return Explanation(entry.name, asked, by, others)
-    native = _NATIVE.get(facts.device, ())
     for name in entry.kernels:
         if name in native and refused[name] is None:
             others = {n: r or f"{name} comes first" for n, r in refused.items() if n != name}
@@ -228,7 +230,7 @@ def _decide(entry: Op, impl: str, facts: Facts) -> Explanation:
 
 def _choose_once(name: str, impl: str, facts: Facts) -> tuple[str, str]:
     """The implementation, and where the reference runs for want of a usable kernel, the reason; else ""."""
-    found = _decide(_OPS[name], impl, facts)
+    found = _decide(_OPS[name], impl, facts, explains=False)
     if found.chosen != "reference" or found.why != _MISSED:
         return found.chosen, ""
     return found.chosen, "; ".join(f"{n}: {found.refused[n]}" for n in _OPS[name].kernels if n in _NATIVE[facts.device])

@@ -32,7 +32,7 @@ _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default}
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 _PLAIN = {_aten.sum.dim_IntList, _aten.clone.default, _aten._to_copy.default, _aten.copy_.default, _aten.zero_.default}
-_PLAIN |= {_aten._unsafe_view.default, _aten._reshape_copy.default}
+_PLAIN |= {_aten._unsafe_view.default, _aten._reshape_copy.default, _aten.mul.Tensor, _aten.sub.Tensor}
 """Operations that do the same under autocast: its sum is in float32, and here partial sums are."""
 _tables: list[Plans] = []
 
@@ -103,11 +103,16 @@ def made(source: str, name: str, values: dict[str, Any]) -> Any:
     return known[name]
 
 
+_SCALARS = frozenset({float, int, bool, str, type(None), torch.dtype})
+"""What a launcher takes beside tensors. The registered op converts the other numbers: those of NumPy, tensors of one element."""
+
+
 @functools.cache
-def _key(count: int) -> Callable[..., Key]:
-    """The key of so many arguments."""
-    names = [f"a{i}" for i in range(count)]
-    return made(f"def key({', '.join(names)}):\n    return ({', '.join(map(key_of, names))},)", "key", {})
+def _key(tensors: tuple[bool, ...]) -> Callable[..., Key]:
+    """The key of arguments, each of which is a tensor, or not."""
+    names = [f"a{i}" for i in range(len(tensors))]
+    keys = [key_of(n) if tensor else f"{n} if type({n}) in scalars else odd({n})" for n, tensor in zip(names, tensors, strict=True)]
+    return made(f"def key({', '.join(names)}):\n    return ({', '.join(keys)},)", "key", {"scalars": _SCALARS})
 
 
 def needs_grad(*tensors: Any) -> bool:
@@ -129,7 +134,8 @@ class LibraryOp:
             return runs[next(a for a in arguments if isinstance(a, torch.Tensor)).device.type.upper()](*arguments)
 
         self.overload, self.launcher = overload, next(iter(runs.values())) if len(set(runs.values())) == 1 else by_device
-        self.plans, self.key = Plans() if plans else None, _key(len(overload._schema.arguments))
+        self.plans = Plans() if plans else None
+        self.key = _key(tuple("Tensor" in str(argument.type) for argument in overload._schema.arguments))
 
     def __call__(self, *arguments: Any) -> Any:
         if eager():
@@ -140,6 +146,10 @@ class LibraryOp:
                 return self.overload(*arguments)
             return plan(*arguments) if plan is not None else self.plans.first(at, self.launcher, arguments)
         elif self.plans is not None and getattr(_recording, "by", None) is not None:
+            try:
+                self.key(*arguments)
+            except (RuntimeError, TypeError):
+                return self.overload(*arguments)
             return self.launcher(*arguments)  # its launches are a part of what is recorded
         return self.overload(*arguments)
 
@@ -275,8 +285,9 @@ class _Recorder(TorchDispatchMode):
 
     def _allocation(self, out: torch.Tensor) -> str:
         """Like an argument where there is such a one, which takes less to say."""
+        wanted = out.shape, out.stride(), out.dtype, out.device
         for name, a in self.arguments.items():
-            if type(a) is torch.Tensor and a.is_contiguous() and (a.shape, a.dtype, a.device) == (out.shape, out.dtype, out.device):
+            if type(a) is torch.Tensor and a.is_contiguous() and (a.shape, a.stride(), a.dtype, a.device) == wanted:
                 return f"like({name})"
         return f"empty({tuple(out.shape)}, {tuple(out.stride())}, dtype={self._value(out.dtype)}, device={self._value(out.device)})"
 
@@ -335,9 +346,9 @@ def _record(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
             result = function(*args, **kwargs)
     finally:
         _recording.by = outer
-    if not recorder.whole:
-        return result, function
     several = type(result) is tuple
+    if not recorder.whole or not all(r is None or id(r) in recorder.names for r in (result if several else (result,))):
+        return result, function
     returned = "(" + "".join(f"{recorder._code(r)}, " for r in result) + ")" if several else recorder._code(result)
     lines, code = [], returned
     for name, line in reversed(recorder.lines):  # views that are read for their address alone are not made

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,7 +23,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 import deltakern
 from deltakern import DeltaTok, DeltaWorld, FrozenWeightsError, Savings
 from deltakern.nn import Block, LayerScale, Residual, explain
-from deltakern.nn.block import Rope
+from deltakern.nn.block import MLP, Rope, SelfAttention
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}:UserWarning")
@@ -1178,3 +1181,179 @@ def test_explain_of_a_predictors_block_and_of_something_else():
     for other in (nn.Linear(2, 2), block.mlp, None):
         with pytest.raises(TypeError, match=r"explain: expected a deltakern\.nn\.Block or a predictor's block"):
             explain(other)
+
+
+# --- What a block keeps of what it asked its layers ---------------------------------------------------------------------------
+
+
+def _attribute(layer: nn.Module, name: str) -> None:
+    """A tensor that is no parameter, as FSDP's flat parameters and inner loops set one for every forward."""
+    like = getattr(layer, name).detach()
+    if name in layer._parameters:
+        delattr(layer, name)
+    setattr(layer, name, torch.randn_like(like))
+
+
+def _buffer(layer: nn.Module, name: str) -> None:
+    value = torch.randn_like(getattr(layer, name))
+    if name in layer._parameters:
+        delattr(layer, name)
+        layer.register_buffer(name, value)
+    else:
+        setattr(layer, name, value)
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _hook(layer: nn.Module) -> None:
+    if layer._forward_hooks:
+        layer._forward_hooks.clear()
+    else:
+        layer.register_forward_hook(lambda layer, args, out: 2 * out)
+
+
+def _forward(layer: nn.Module) -> None:
+    if "forward" in layer.__dict__:
+        del layer.forward
+    else:
+        layer.forward = lambda x: x.new_ones((*x.shape[:-1], layer.weight.shape[0]))
+
+
+def _parametrised(layer: nn.Module) -> None:
+    if nn.utils.parametrize.is_parametrized(layer):
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    else:
+        nn.utils.parametrizations.weight_norm(layer)
+        layer.parametrizations.weight.original0.data.mul_(2)
+
+
+KNOWN_CHANGES = {
+    "parameter": lambda b: setattr(b.mlp.up_proj, "weight", nn.Parameter(torch.randn_like(b.mlp.up_proj.weight))),
+    "values": lambda b: b.mlp.up_proj.weight.data.normal_(),
+    "data": lambda b: setattr(b.mlp.up_proj.weight, "data", torch.randn_like(b.mlp.up_proj.weight)),
+    "swapped": lambda b: torch.utils.swap_tensors(b.attention.q_proj.weight, nn.Parameter(torch.randn_like(b.attention.q_proj.weight))),
+    "assigned": lambda b: b.load_state_dict({k: torch.randn_like(v) for k, v in b.state_dict().items()}, assign=True),
+    "linear's attribute": lambda b: _attribute(b.mlp.up_proj, "weight"),
+    "bias's attribute": lambda b: _attribute(b.attention.q_proj, "bias"),
+    "norm's attribute": lambda b: _attribute(b.norm2, "weight"),
+    "scale's attribute": lambda b: _attribute(b.layer_scale1, "lambda1"),
+    "hiding attribute": lambda b: b.mlp.up_proj.__dict__.update(weight=torch.randn_like(b.mlp.up_proj.weight)),
+    "buffer": lambda b: _buffer(b.attention.v_proj, "weight"),
+    "no bias": lambda b: setattr(b.mlp.down_proj, "bias", None),
+    "another's parameters": lambda b: setattr(b.mlp.up_proj, "_parameters", nn.Linear(32, 48)._parameters),
+    "module": lambda b: setattr(b.mlp, "up_proj", nn.Linear(32, 48)),
+    "norm": lambda b: setattr(b, "norm1", nn.Identity() if isinstance(b.norm1, nn.LayerNorm) else nn.LayerNorm(32)),
+    "scale": lambda b: setattr(b, "layer_scale2", LayerScale(32, 0.3)),
+    "part": lambda b: setattr(b, "mlp", MLP(32, 16)),
+    "class": lambda b: setattr(b.mlp.up_proj, "__class__", _Doubled),
+    "hook": lambda b: _hook(b.mlp.up_proj),
+    "norm's hook": lambda b: _hook(b.attention.q_norm_prerope),
+    "forward": lambda b: _forward(b.mlp.down_proj),
+    "parametrised": lambda b: _parametrised(b.attention.v_proj),
+    "eps": lambda b: setattr(b.norm1, "eps", 2 * b.norm1.eps + 0.1),
+    "eps of q's norm": lambda b: setattr(b.attention.q_norm_prerope, "eps", 2 * b.attention.q_norm_prerope.eps + 0.1),
+    "the attention's eps": lambda b: setattr(b.attention, "eps", 2 * b.attention.eps + 0.1),
+    "no gate": lambda b: setattr(b.attention, "gated", not b.attention.gated),
+    "no norm of q and k": lambda b: setattr(b.attention, "qk_norm", None if b.attention.qk_norm else "pre_rope"),
+}
+
+
+def _known_block() -> tuple[Block, Callable[[Block], torch.Tensor]]:
+    x, rope = torch.randn(2, 5, 32), (torch.randn(4, 16), torch.randn(4, 16))
+    return Block(32, 2, 48, qk_norm="pre_rope", gated=True), lambda block: block(Residual(x), rope, num_prefix=1).add()
+
+
+def _asked_anew(block: Block, call: Callable[[Block], torch.Tensor]) -> torch.Tensor:
+    """The call of a block that knows nothing of its layers; what it knew it knows again."""
+    knew = [(m, m.__dict__.pop("_known", None)) for m in block.modules()]
+    out = call(block)
+    for module, known in knew:
+        module.__dict__["_known"] = known
+    return out
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("change", KNOWN_CHANGES.values(), ids=KNOWN_CHANGES)
+def test_a_block_that_was_called_follows_a_change(change: Callable[[Block], None], gradients: bool):
+    block, call = _known_block()
+    with torch.set_grad_enabled(gradients):
+        for _ in range(2):
+            before = call(block)
+        for _ in range(3):
+            change(block)
+            out = call(block)
+            assert torch.equal(out, _asked_anew(block, call))
+        assert out.shape == before.shape
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "deepcopy", "pickle"])
+def test_a_copy_of_a_block_that_was_called(copied: Callable[[nn.Module], nn.Module]):
+    block, call = _known_block()
+    call(block)
+    block.attention = copied(block.attention)
+    other = copied(block)
+    assert torch.equal(call(other), call(block))
+    other.attention.eps = 0.5
+    assert torch.equal(call(other), _asked_anew(other, call))
+    other.norm1 = nn.LayerNorm(32, eps=0.5)
+    for each in (other, block):
+        assert torch.equal(call(each), _asked_anew(each, call))
+
+
+def test_another_calls_weights_are_not_kept():
+    block, call = _known_block()
+    call(block)
+    before = call(block)
+    for _ in range(2):
+        weights = {name: (2 * p).requires_grad_() for name, p in block.named_parameters()}
+        with nn.utils.stateless._reparametrize_module(block, weights):
+            out = call(block)
+            assert torch.equal(out, _asked_anew(block, call))
+        assert torch.equal(call(block), before)
+        with nn.utils.stateless._reparametrize_module(block, weights):
+            call(block)
+        alive = weakref.ref(weights["mlp.up_proj.weight"])
+        del weights, out
+        assert alive() is None
+
+
+def test_a_block_that_was_called_frees_its_weights():
+    """At once, not when Python looks for cycles: they may be most of a GPU."""
+    block, call = _known_block()
+    with torch.no_grad():
+        for _ in range(2):
+            call(block)
+    alive = [weakref.ref(p) for p in block.parameters()]
+    gc.disable()
+    try:
+        del block
+        assert not any(p() is not None for p in alive)
+    finally:
+        gc.enable()
+
+
+def test_a_plain_block_asks_its_layers_once(monkeypatch: pytest.MonkeyPatch):
+    """Also one with hooks of its own, as FSDP's: what it asks does not depend on them."""
+    block, call = _known_block()
+    block.register_forward_hook(lambda *_: None)
+    call(block)
+    monkeypatch.setattr(Block, "ask", None)
+    monkeypatch.setattr(MLP, "ask", None)
+    monkeypatch.setattr(SelfAttention, "ask", None)
+    call(block)
+
+
+def test_a_block_is_compiled_after_it_was_called():
+    block, call = _known_block()
+    with torch.no_grad():
+        for _ in range(2):
+            eager = call(block)
+        compiled = torch.compile(lambda: call(block), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(), eager)
+        for change in ("parameter", "eps", "bias's attribute", "bias's attribute"):  # Dynamo does not look for new hooks
+            KNOWN_CHANGES[change](block)
+            torch.testing.assert_close(compiled(), call(block))
+    torch._dynamo.reset()

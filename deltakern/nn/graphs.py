@@ -110,7 +110,7 @@ class Graphs:
     """
 
     def __init__(self) -> None:
-        self._of: tuple[nn.Module, Snapshot, bool] | None = None
+        self._of: tuple[Snapshot, bool] | None = None
         self._kept: OrderedDict[Any, _Graph | None] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -126,10 +126,10 @@ class Graphs:
         device = inputs[0].device
         shared = _shared.setdefault(device, _Shared())
         with shared.lock:
-            if self._of is None or self._of[0] is not owner or self._of[1].moved() is not None:
-                self._of = owner, Snapshot(owner), all_plain(owner)
+            if self._of is None or self._of[0].of() is not owner or self._of[0].moved() is not None:
+                self._of = Snapshot(owner), all_plain(owner)
                 self._kept.clear()
-            if self._of[2]:
+            if self._of[1]:
                 stream = torch.cuda.current_stream(device)
                 if shared.done is not None:
                     stream.wait_event(shared.done)

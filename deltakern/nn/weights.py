@@ -21,9 +21,10 @@ import contextlib
 import functools
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -42,6 +43,12 @@ Mark = tuple[Place, torch.Tensor | None]
 Value = TypeVar("Value")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)
+_WEIGHTS = ("weight", "bias", "lambda1")
+"""What is read of layers."""
+_SETTINGS = ("eps", "gated", "qk_norm")
+"""Attributes of modules that decide what is done with their weights."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PARAMETERS = operator.itemgetter("_parameters")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -116,28 +123,39 @@ def read(kind: type[nn.Module], layer: nn.Module) -> Reading | None:
 
 
 class Structure:
-    """The objects that a module is made of as they are now, and what is called where they are.
+    """The objects that a module is made of as they are now, and what is called where they are. Nothing here refers to the module itself,
+    which would keep its weights until Python looks for cycles.
 
     Args:
         module: of which it is.
-        below: also of those below that can be frozen by themselves.
+        whole: also of what is below modules that can be frozen by themselves.
+        answers: what the module made of it, see :meth:`Freezable.known`.
 
     Attributes:
-        answers: what the module made of it, see :meth:`Freezable.known`.
+        lasts: whether answers can last: not where a weight is no parameter, but an attribute, a buffer or another call's tensor, which may
+            be another one each time (FSDP's flat parameters, functional calls) and should not outlive the call.
     """
 
-    def __init__(self, module: nn.Module, below: bool = True, answers: Any = None) -> None:
-        parts, left = [], [module]
+    def __init__(self, module: nn.Module, whole: bool = True, answers: Any = None) -> None:
+        below, left = [], [module]
         while left:
-            parts.append(left.pop())
-            if below or parts[-1] is module or not isinstance(parts[-1], Freezable):
-                left += [m for m in parts[-1]._modules.values() if m is not None]
-        self.of, self.answers, self._parts = module, answers, parts
-        self._groups = [group for m in parts for group in (m._parameters, m._buffers, m._modules) if group]
-        self._hooks = [h for m in parts for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
-        self._dicts, self._with_eps = [m.__dict__ for m in parts], [m for m in parts if "eps" in m.__dict__]
-        self._held, self._ways = self._objects(), self._how()
-        self._types = list(map(type, (*parts, *self._held)))
+            part = left.pop()
+            if part is not module:
+                below.append(part)
+            if whole or part is module or not isinstance(part, Freezable):
+                left += [m for m in part._modules.values() if m is not None]
+        self.of, self.answers, self._below = weakref.ref(module), answers, below
+        self._groups = [module._parameters, module._modules, module._buffers]
+        self._groups += [group for m in below for group in (m._parameters, m._modules, m._buffers) if group]
+        self._own, self._parameters = [m.__dict__ for m in below], [m._parameters for m in below]
+        self._hooks = [h for m in (module, *below) for h in (getattr(m, name) for name in _HOOKS)]
+        hiding = [(m.__dict__, name) for m in below for name in ("forward", *m._parameters)]
+        self._hiding = [d for d, _ in hiding], [name for _, name in hiding]  # an attribute comes before a parameter of its name
+        self._settings = [(d, name) for d in self._own for name in _SETTINGS if name in d]
+        self._held, self._ways = self._objects(), self._how(module)
+        self._types = list(map(type, (*below, *self._held)))
+        ordinary = all(x is None or type(x) is nn.Parameter or isinstance(x, nn.Module) for x in self._held)
+        self.lasts = ordinary and not any(name in d for d in self._own for name in _WEIGHTS)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
@@ -145,20 +163,25 @@ class Structure:
     def _objects(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._groups)))
 
-    def _how(self) -> tuple[Any, ...]:
-        """Hooks, forwards put in the place of the classes', and every eps."""
+    def _how(self, module: nn.Module) -> tuple[Any, ...]:
+        """Hooks, what hides forwards and parameters, and every setting."""
         hooks = [list(h) for h in self._hooks] if any(self._hooks) else None
-        own = [d.get("forward") for d in self._dicts] if any(map(operator.contains, self._dicts, repeat("forward"))) else None
-        return hooks, own, [m.eps for m in self._with_eps]
+        hides = [d.get(name) for d, name in zip(*self._hiding, strict=True)] if any(map(operator.contains, *self._hiding)) else None
+        own = module.__dict__
+        return hooks, hides, [d.get(name) for d, name in self._settings], type(module), own.get("forward"), *map(own.get, _SETTINGS)
 
     def same(self) -> bool:
         """Whether all that is as it was."""
-        held = self._objects()
+        module, held = self.of(), self._objects()
         return (
-            len(held) == len(self._held)
+            module is not None
+            and self._groups[0] is module._parameters
+            and self._groups[1] is module._modules
+            and len(held) == len(self._held)
             and all(map(operator.is_, held, self._held))
-            and list(map(type, chain(self._parts, held))) == self._types
-            and self._how() == self._ways
+            and list(map(type, chain(self._below, held))) == self._types
+            and all(map(operator.is_, map(_PARAMETERS, self._own), self._parameters))
+            and self._how(module) == self._ways
         )
 
 
@@ -455,13 +478,14 @@ class Freezable(nn.Module):
 
     def known(self) -> Any:
         """:meth:`ask`, asked once for as long as the module is made of the same: asking takes ten times as long as looking for that."""
+        if torch.compiler.is_compiling():
+            return self.ask()
         known = self.__dict__.get("_known")
-        if known is not None and known.of is self and known.same():
+        if known is not None and known.of() is self and known.same():
             return known.answers
-        answers = self.ask()
-        if not torch.compiler.is_compiling():
-            self.__dict__["_known"] = Structure(self, False, answers)
-        return answers
+        known = Structure(self, False, self.ask())
+        self.__dict__["_known"] = known if known.lasts else None
+        return known.answers
 
     def train(self, mode: bool = True) -> Freezable:
         """Sets the mode.
