@@ -104,8 +104,9 @@ class Measuring:
                     where=self.where,
                 )
                 rows.append(self.out, made)
-                said += [f"{case.name} {row.impl} {_times(row)}" for row in made]
-        return ", ".join(said)
+                what = f"{case.name}, backward too" if backward else case.name
+                said += [f"{what}: {', '.join(f'{row.impl} {_times(row)}' for row in made)}"] if made else []
+        return "; ".join(said)
 
     @functools.cached_property
     def models(self) -> stages.Models:
@@ -161,11 +162,15 @@ def parsed(what: str) -> tuple[str, str]:
     return kind, name
 
 
-def _times(row: rows.Row) -> str:
-    """A row's time, and on a GPU what its kernels and the host take apart."""
+def apart(figures: dict[str, float]) -> str:
+    """What the kernels and the host take apart, " (graph 1.50 ms, kernels 1.50 ms, host 80.0 us)"; nothing on a CPU."""
     parts = {"graph": "graph_seconds", "kernels": "kernel_seconds", "host": "launch_seconds"}
-    apart = [f"{name} {render.seconds(row.figures[key])}" for name, key in parts.items() if key in row.figures]
-    return render.seconds(row.seconds) + (f" ({', '.join(apart)})" if apart else "")
+    said = ", ".join(f"{name} {render.seconds(figures[key])}" for name, key in parts.items() if key in figures)
+    return said and f" ({said})"
+
+
+def _times(row: rows.Row) -> str:
+    return render.seconds(row.seconds) + apart(row.figures)
 
 
 # --- README ------------------------------------------------------------------------------------------------------------------------

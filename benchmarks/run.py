@@ -95,6 +95,7 @@ def gpu_suite(out: Path, device: str = "cuda", capability: str = "") -> list[Par
         Part("large", _pytest(*(() if gpu else workers), "-m", "large", *files), 60),
         *(sanitizer(tool) for tool in ("memcheck", "racecheck")),
         Part("ops", _measure(ops, device, out, None, "--no-compile", "--budget", "0.3" if gpu else "0.02"), 120),
+        Part("ops: attention", _pytest("benchmarks/test_attention.py", "--device", device, *quick), 40),
         Part("profiles", staged("profile", FIRST, *eager), 60),
         Part("profiles: training", staged("profile", TRAINING, *eager), 60),
         Part("compiled: DeltaTok training step", staged("stage", TRAINING[:1], stages.RELEASE_BLOCKS, stages.OURS), 120),
@@ -138,18 +139,28 @@ def _capability() -> str:
         return ""
 
 
+def _environment() -> dict[str, str]:
+    """Of all parts: this tree first on the path, CUDA's tools also where they are on none, nothing asked of a network."""
+    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    return {
+        "PATH": os.pathsep.join([os.environ.get("PATH", ""), str(cuda)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
 def _run_suite(given: argparse.Namespace) -> int:
     out = (given.out or ROOT / "build" / "suite").resolve()
-    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")  # where compute-sanitizer is, also where it is on no path
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(cuda)])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ.update(PIP_DISABLE_PIP_VERSION_CHECK="1", HF_HUB_OFFLINE="1")
     if not given.commit and not (ROOT / ".git").exists() and not given.dry_run:
         raise ValueError("a row names its commit; this tree has no git history, so give it with --commit")
     parts = gpu_suite(out, given.device or "cuda", _capability()) if given.gpu_suite else cpu_suite(out)
-    if given.commit:
-        parts = [dataclasses.replace(p, command=(*p.command, "--commit", given.commit)) if "--measure" in p.command else p for p in parts]
-    parts = suite.choose(parts, given.only.split(",") if given.only else ())
+    commit = ("--commit", given.commit) if given.commit else ()
+    env = _environment()
+    parts = [
+        dataclasses.replace(p, command=p.command + (commit if "--measure" in p.command else ()), env={**env, **p.env})
+        for p in suite.choose(parts, given.only.split(",") if given.only else ())
+    ]
     if given.dry_run:
         suite.show(parts)
         return 0

@@ -170,10 +170,11 @@ def test_a_dry_run_runs_nothing(tmp_path, capsys):
     chosen = ["--only", "ops,smoke", "--commit", "abc", "--out", str(tmp_path / "out")]
     assert bench.main(["--gpu-suite", "--dry-run", *chosen]) == 0
     assert not (tmp_path / "out").exists()
-    first, second, _ = capsys.readouterr().out.splitlines()
+    first, attention, smoke, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("  ops ")
     assert first.endswith("--commit abc")  # which rows name
-    assert second.startswith("* smoke ")
+    assert attention.startswith("  ops: attention ")
+    assert smoke.startswith("* smoke ")
     assert bench.main(["--cpu-suite", "--dry-run"]) == 0
 
 
@@ -188,14 +189,31 @@ def test_a_suite_needs_a_commit(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal without a GPU")
 def test_the_smoke_part_on_a_cpu(tmp_path, capfd):
     chosen = ["--only", "smoke", "--seconds", "300", "--out", str(tmp_path), "--commit", "abc"]
-    monkeypatched = dict(os.environ)
-    try:
-        assert bench.main(["--gpu-suite", "--device", "cpu", *chosen]) == 0
-    finally:
-        os.environ.clear()
-        os.environ.update(monkeypatched)
+    assert bench.main(["--gpu-suite", "--device", "cpu", *chosen]) == 0
     said = capfd.readouterr().out
     assert re.search(r"smoke: done, .* s; \d\d passed in .*; left: \d+ s for nothing", said), said
+
+
+ABSENT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "av":
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_without_a_package_a_test_is_skipped_and_says_so(tmp_path):
+    (tmp_path / "absent.py").write_text(ABSENT)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "absent", "-p", "no:cacheprovider", "tests/test_fused_block.py", "-k", "curve"]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SKIPPED [2]" in done.stdout
+    assert 'reading video needs the package av; install it with: pip install "deltakern[demo]"' in done.stdout
 
 
 # --- single measurements -----------------------------------------------------------------------------------------------------------
@@ -273,7 +291,7 @@ def test_what_a_gpu_takes_is_told_apart(monkeypatch):
     monkeypatch.setattr(latency, "graphed", lambda call, device: call)
     monkeypatch.setattr(latency, "interleaved", lambda calls, device, budget: {"graph": latency.Timing(5e-3, 5e-3, 5e-3, 1)})
     figures = {"kernels": 4, "kernel_seconds": 5e-3, "launch_seconds": 7e-3, "graph_seconds": 5e-3}
-    assert collect._gpu_figures(lambda: None, torch.device("cuda")) == figures
+    assert collect.gpu_figures(lambda: None, torch.device("cuda")) == figures
     row = Row("model", "encode", "tiny", stages.OURS, "bfloat16", seconds=8e-3, figures=figures)
     assert measure._times(row) == "8.00 ms (graph 5.00 ms, kernels 5.00 ms, host 7.00 ms)"
 
@@ -283,7 +301,7 @@ def test_what_a_gpu_takes_is_told_apart(monkeypatch):
     monkeypatch.setattr(latency, "graphed", refuses)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    assert collect._gpu_figures(lambda: None, torch.device("cuda")) == {k: v for k, v in figures.items() if k != "graph_seconds"}
+    assert collect.gpu_figures(lambda: None, torch.device("cuda")) == {k: v for k, v in figures.items() if k != "graph_seconds"}
 
 
 # --- a wrong kernel -----------------------------------------------------------------------------------------------------------------
