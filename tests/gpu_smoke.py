@@ -47,7 +47,7 @@ def _chosen() -> list:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("case", "impl"), _chosen())
 def test_op(case: Case, impl: str, dtype: torch.dtype, device: torch.device) -> None:
-    scale = collect.scale_for(case, dtype, 1 << 26)
+    scale = collect.scale_for(case, dtype, 1 << 24)
     verdict = accuracy.check(case, impl, dtype, device, scale=scale)
     assert verdict.ok, verdict.problem
     args, kwargs = case.make(dtype, device, torch.Generator().manual_seed(0), scale)
@@ -69,7 +69,7 @@ def assert_golden(value: torch.Tensor, truth: torch.Tensor) -> None:
     assert over_rms(value.cpu().double(), truth.double()) <= LIMIT
 
 
-@pytest.mark.parametrize("variant", golden.VARIANTS)
+@pytest.mark.parametrize("variant", golden.VARIANTS if HAS_CUDA else golden.VARIANTS[-1:])  # test_golden.py has both
 def test_golden_encode(variant: str, device: torch.device) -> None:
     """And decode, and the loss."""
     tensors = golden.load("deltatok_default", variant)

@@ -365,6 +365,13 @@ def test_losing_shapes_stay_in():
     assert "0.500x" in measure.readme_table(lost)
 
 
+def test_a_step_compiled_by_block_is_called_so():
+    timed = ((stages.RELEASE, 4), (stages.RELEASE_BLOCKS, 2), (stages.OURS, 1))
+    made = [Row("model", "DeltaTok training step", "vitb-512", i, "bfloat16", {}, t, t, t, 9, {"flops": 1}, WHERE) for i, t in timed]
+    table = measure.readme_table(made)
+    assert "| DeltaTok training step, compiled by block, vitb-512, bfloat16 | 4.00 s | 2.00 s | 1.00 s |  | 4.00x | 2.00x |" in table
+
+
 def test_readme_is_updated_between_its_markers(tmp_path):
     readme, results = tmp_path / "README.md", tmp_path / "results"
     rows.append(results / "a.jsonl", _rows())
