@@ -1,215 +1,201 @@
-"""Measures rows in parts, each in a process of its own, resumable; writes README's table from them.
+"""Measures rows in parts, each in a process of its own, within a time; writes README's table from them.
 
-``python -m benchmarks.run --cpu-suite`` and ``--gpu-suite`` do everything for one machine, the most important parts first, and append
-rows to ``benchmarks/results/<device>.jsonl``. A part that is done at this commit is not done again; ``--dry-run`` shows the plan.
-``--measure`` takes single measurements, ``--update-readme`` writes the table of the committed rows into README.md.
-
-On a borrowed GPU without a network, with wheels fetched here beforehand and what came back of the last call:
-
-    python -m benchmarks.run --fetch-wheels .wheels --python 3.12
-    python -m benchmarks.run --gpu-suite --wheels .wheels --seconds 540 --commit $(git rev-parse --short=12 HEAD) --out DIR [--resume DIR]
-
-then copy DIR/*.jsonl into benchmarks/results.
+``python -m benchmarks.run --gpu-suite --out DIR`` is for a borrowed GPU, ``--cpu-suite`` for a machine without one: the most telling parts
+first, each killed at its limit, rows and profiles in DIR as they come. ``--dry-run`` shows the plan; ``--gpu-suite --device cpu`` rehearses
+it at small sizes. ``--measure`` takes single measurements, ``--update-readme`` writes the table of the committed rows into README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import suite, wheels
-from benchmarks.suite import RESULTS, ROOT, Part
+from benchmarks import suite
+from benchmarks.suite import ROOT, Part
 
-REPORT = ROOT / "deltakern-report"
-SANITIZED = "check:best_of_n=cuda;residual_norm=triton"  # a compiled kernel and a Triton kernel, on their first small case each
+PYTHON = sys.executable
+BUDGET = 540.0  # seconds: a command on a borrowed GPU may take ten minutes
+FIRST = ("encode", "predictor step", "candidate search", "decode", "backbone", "token-space sample", "streamed frame", "rollout")
+TRAINING = ("DeltaTok training step", "DeltaWorld training step, stored tokens", "DeltaWorld training step")
+COMPILED = {"predictor step": 30.0, "encode": 45.0, "candidate search": 35.0}  # seconds that compiling the release's structure may take
+SANITIZED = ("best_of_n=cuda", "residual_norm=triton", "delta_pool=triton", "rope_qk_norm=triton", "context_attention=triton")
+LAUNCHES = "tests/test_fused_block.py::test_a_block_launches_every_kernel_once_each_way"
+KERNELS = ("triton_*", "best_of_n", "best_of_n_head", "context_attention", "fused_block")
+ELSEWHERE = ("opcheck", "one_graph", "gradcheck", "gradients_of_the_reference")  # what shows on a CPU as well, and takes long
+WORKERS = 4
 
 
-def _measure(what: str, device: str, preset: str | None = None, *extra: str) -> tuple[str, ...]:
+def _measure(what: Sequence[str], device: str, out: Path | None, preset: str | None = None, *extra: str) -> tuple[str, ...]:
     chosen = ("--preset", preset) if preset else ()
-    return (sys.executable, "-m", "benchmarks.run", "--measure", what, "--device", device, *chosen, *extra)
-
-
-def _table() -> Part:
-    """Draws all rows; the last part of every suite."""
-    return Part("table", (sys.executable, "-m", "deltakern.cli", "report", "--from", str(RESULTS), "--out", str(REPORT)), 90)
+    kept = ("--out", str(out)) if out else ()
+    return (PYTHON, "-m", "benchmarks.run", "--measure", ";".join(what), "--device", device, *chosen, *kept, *extra)
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    """Says what came of every test at once, so that something is known where it is killed."""
+    return (PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--maxfail", "20", *arguments)
 
 
-def gpu_suite(gigabytes: float = 80.0, capability: str = "") -> list[Part]:
-    """Everything for a borrowed GPU, by importance; what must be had takes one call of at most nine minutes.
+def gpu_suite(out: Path, device: str = "cuda", capability: str = "") -> list[Part]:
+    """Everything for a borrowed GPU: whether it is right, then how fast, ours and the release in eager before torch.compile.
 
-    That is: built, right, sanitized, the machine's ceilings, the op that every block runs, and three stages beside the release's
-    structure in eager and under torch.compile. Then the first training step, every op, the other stages, then all implementations.
+    The parts up to the kernels' tests take at most ``BUDGET`` together. On a CPU, a rehearsal: the same commands at small sizes, of
+    tests beyond the smoke test the collection alone.
 
     Args:
-        gigabytes: the GPU's memory; the release's training at 512 px needs more than 80 at its own batch.
+        out: folder for rows and profiles.
+        device: "cuda" or "cpu".
         capability: such as "90"; what the extension is compiled for, everything by default.
     """
-    from deltakern import backend
+    from deltakern.cases import cases
     from deltakern.report import stages
 
-    python = sys.executable
-    roomy = gigabytes >= 120
-    compared = stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS, stages.LIVE, stages.ONE_FUTURE
-    baselines = ("--impl", ";".join(compared), "--budget", "5")
+    gpu = device == "cuda"
+    preset = "vitb-512" if gpu else "tiny"
+    quick = ("--budget", "2" if gpu else "0.1")
+    wide, narrow = (("--batch", n) if gpu else () for n in ("32", "16"))  # what 80 GB hold
 
-    def batch(stage: str) -> tuple[str, ...]:
-        """The batch a GPU gets in the release's training at 512 px, half of it where memory is short; a forecast is of one clip."""
-        if stage in ("backbone", "encode", "decode", "DeltaTok training step"):
-            return ("--batch", "64" if roomy else "32")
-        return ("--batch", "32" if roomy else "16") if stage == "candidate search" or stage.startswith("DeltaWorld training") else ()
+    def staged(kind: str, names: Sequence[str], *impls: str) -> tuple[str, ...]:
+        batch = narrow if set(names) & set(TRAINING) else wide
+        return _measure([f"{kind}:{name}" for name in names], device, out, preset, *batch, "--impl", ";".join(impls), *quick)
 
-    def stage(name: str, limit: float, *, must: bool = False) -> Part:
-        return Part(f"vitb-512: {name}", _measure(f"stage:{name}", "cuda", "vitb-512", *batch(name), *baselines), limit, must=must)
+    def compiled(name: str, limit: float, impl: str = stages.RELEASE_COMPILED) -> Part:
+        return Part(f"compiled: {name}", staged("stage", [name], impl, stages.OURS), limit)
 
-    def op(name: str, limit: float = 90, *, must: bool = False) -> Part:
-        return Part(f"op: {name}", _measure(f"op:{name}", "cuda", None, "--budget", "0.5"), limit, 30, must)
+    def sanitizer(tool: str) -> Part:
+        command = ("compute-sanitizer", "--error-exitcode", "9", "--tool", tool) if gpu else ()
+        checks = [f"check:{what}" for what in SANITIZED] if gpu else ["check:residual_norm=reference"]
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that every tensor has bounds of its own
+        return Part(f"sanitizers: {tool}", (*command, *_measure(checks, device, out)), 45, env=uncached)
 
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that every tensor has bounds of its own
+    eager = (stages.RELEASE, stages.OURS, stages.LIVE, stages.ONE_FUTURE)
+    install = ("install", "--quiet", "--no-input", "--no-deps", "--no-build-isolation", "--no-index", "-e", ".")
     build = {"DELTAKERN_REQUIRE_EXT": "1", **({"DELTAKERN_CUDA_ARCHS": capability} if capability else {})}
-    install = ("install", "--no-input", "--no-deps", "--no-build-isolation", "--no-index", "-e", ".")
-    kernels = tuple(f"tests/test_{name}.py" for name in ("triton_kernels", "best_of_n", "best_of_n_head"))
-    first = "residual_norm"
-    parts = [
-        Part("build", (python, "-m", "pip", *install), 60, 20, True, build),
-        Part("tests: kernels", _pytest("-n", "8", *kernels), 100, 50, True),
-        Part("tests: weights", _pytest("-n", "4", "tests/test_weights_gpu.py"), 40, 20, True),
-        Part("sanitizer: memcheck", (*sanitizer, "memcheck", *_measure(SANITIZED, "cuda")), 45, 20, True, uncached),
-        Part("sanitizer: racecheck", (*sanitizer, "racecheck", *_measure(SANITIZED, "cuda")), 45, 20, True, uncached),
-        Part("ceilings", _measure("ceilings", "cuda"), 20, 10, True),
-        stage("encode", 75, must=True),
-        stage("predictor step", 45, must=True),
-        stage("candidate search", 45, must=True),
-        op(first, 30, must=True),
-        stage("DeltaTok training step", 240),
-        *(op(name) for name in backend.ops() if name != first),
-        *(stage(name, 90) for name in ("decode", "backbone", "rollout", "token-space sample")),
-        Part("tests: gpu", _pytest("-m", "gpu", "tests"), 240, 60),
-        Part("tests: attention", _pytest("tests/test_attend.py"), 90, 40),
-        Part("attention", _pytest("benchmarks/test_attention.py"), 90, 40),
-        Part("doctor", (python, "-m", "deltakern.doctor"), 180, 60),
-        Part("accuracy", _measure("accuracy", "cuda"), 180, 60),
-        *(stage(name, 240) for name in stages.STAGES if name.startswith("DeltaWorld training")),
-        stage("streamed frame", 60),
+    workers = ("-n", str(WORKERS)) if importlib.util.find_spec("xdist") else ()
+    workers = workers if gpu else ("--collect-only", "-q")
+    files = [f"tests/{path.name}" for name in KERNELS for path in sorted((ROOT / "tests").glob(f"test_{name}.py"))]
+    models = ("tests/test_weights_gpu.py", "tests/test_attend.py", "tests/test_sampling.py")
+    timed = {case.op: case for case in reversed(cases(tag="benchmark"))}  # the first of every op, then the others
+    rest = [case for case in cases(tag="benchmark") if case is not timed[case.op]]
+    ops = ["ceilings", *(f"op:{case.op}/{case.name}" for case in (*timed.values(), *(rest if gpu else ())))]
+    return [
+        *([Part("build", (PYTHON, "-m", "pip", *install), 50, env=build)] if gpu else []),
+        Part("smoke", _pytest("tests/gpu_smoke.py", LAUNCHES), 90, must=True),
+        Part("stages", staged("stage", FIRST, *eager), 90),
+        Part("stages: training", staged("stage", TRAINING, *eager), 50),
+        *(compiled(name, limit) for name, limit in COMPILED.items()),
+        Part("kernels", _pytest(*workers, "-m", "not large", "-k", f"not ({' or '.join(ELSEWHERE)})", *files), 150, must=True),
+        Part("kernels: models", _pytest(*workers, "-m", "gpu and not large" if gpu else "gpu or not gpu", *models), 60, must=True),
+        Part("large", _pytest(*(() if gpu else workers), "-m", "large", *files), 60),
+        *(sanitizer(tool) for tool in ("memcheck", "racecheck")),
+        Part("ops", _measure(ops, device, out, None, "--no-compile", "--budget", "0.3" if gpu else "0.02"), 120),
+        Part("ops: attention", _pytest("benchmarks/test_attention.py", "--device", device, *quick), 40),
+        Part("profiles", staged("profile", FIRST, *eager), 60),
+        Part("profiles: training", staged("profile", TRAINING, *eager), 60),
+        Part("compiled: DeltaTok training step", staged("stage", TRAINING[:1], stages.RELEASE_BLOCKS, stages.OURS), 120),
     ]
-    light = ("--budget", "5")
-    parts += [Part(f"vitb-256: {s}", _measure(f"stage:{s}", "cuda", "vitb-256", *light), 240, 60) for s in stages.STAGES]
-    single = [s for s in stages.STAGES if batch(s)]
-    parts += [Part(f"vitb-512, one clip: {s}", _measure(f"stage:{s}", "cuda", "vitb-512", *light), 240, 60) for s in single]
-    several = [s for s in stages.STAGES if s != "streamed frame"]
-    every = [(s, _measure(f"stage:{s}", "cuda", "vitb-512", *batch(s), *light)) for s in several]
-    parts += [Part(f"vitb-512, all implementations: {s}", command, 300, 120) for s, command in every]
-    parts += [Part("tests: all", _pytest("-n", "8", "tests"), suite.LIMIT, 300)]
-    return [*parts, _table()]
 
 
-def cpu_suite() -> list[Part]:
+def cpu_suite(out: Path) -> list[Part]:
     """Rows of a machine without a GPU, about twenty minutes on two cores; what follows README's rows takes as long again."""
     from deltakern import backend
     from deltakern.report import stages
 
-    slow = 20 * 60
+    slow = 20 * 60.0
     chosen = ("--impl", ";".join((stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS, stages.LIVE, stages.ONE_FUTURE)))
     native = [name for name, op in backend.ops().items() if "cpp" in op.kernels]
     eager = ("--impl", ";".join((stages.RELEASE, stages.OURS, stages.ONE_FUTURE)))
-    parts = [
-        Part("doctor", (sys.executable, "-m", "deltakern.doctor"), 180, 20),
-        Part("ceilings", _measure("ceilings", "cpu"), 60, 10),
-        *(Part(f"tiny: {s}", _measure(f"stage:{s}", "cpu", "tiny", *chosen, "--budget", "3"), 180, 20) for s in stages.STAGES),
-        *(Part(f"op: {name}", _measure(f"op:{name}", "cpu", None, "--budget", "1"), slow, 30) for name in native),
-        *(Part(f"vitb-256: {s}", _measure(f"stage:{s}", "cpu", "vitb-256", *chosen, "--budget", "8"), slow, 45) for s in stages.STAGES),
-        Part("accuracy", _measure("accuracy", "cpu"), slow, 20),
-    ]
-    parts += [
-        Part(f"op: {name}", _measure(f"op:{name}", "cpu", None, "--budget", "1"), slow, 60) for name in backend.ops() if name not in native
-    ]
-    large = ("predictor step", "token-space sample", "rollout")
-    parts += [Part(f"vitb-512: {s}", _measure(f"stage:{s}", "cpu", "vitb-512", *eager, "--budget", "8"), slow, 60) for s in large]
-    return [*parts, _table()]
 
+    def stage(preset: str, name: str, limit: float, *options: str) -> Part:
+        return Part(f"{preset}: {name}", _measure([f"stage:{name}"], "cpu", out, preset, *options), limit, must=True)
 
-def named(parts: Sequence[Part], commit: str) -> list[Part]:
-    """The parts, with the commit that the rows of their measurements are to name."""
+    def op(name: str) -> Part:
+        return Part(f"op: {name}", _measure([f"op:{name}"], "cpu", out, None, "--budget", "1"), slow, must=True)
+
     return [
-        Part(p.name, (*p.command, "--commit", commit), p.limit, p.least, p.must, p.env) if "--measure" in p.command else p for p in parts
+        Part("doctor", (PYTHON, "-m", "deltakern.doctor"), 180, must=True),
+        Part("ceilings", _measure(["ceilings"], "cpu", out), 60, must=True),
+        *(stage("tiny", name, 180, *chosen, "--budget", "3") for name in stages.STAGES),
+        *(op(name) for name in native),
+        *(stage("vitb-256", name, slow, *chosen, "--budget", "8") for name in stages.STAGES),
+        Part("accuracy", _measure(["accuracy"], "cpu", out), slow, must=True),
+        *(op(name) for name in backend.ops() if name not in native),
+        *(stage("vitb-512", name, slow, *eager, "--budget", "8") for name in ("predictor step", "token-space sample", "rollout")),
     ]
 
 
-def prepare(folder: Path | None) -> None:
-    """The environment of all parts: this tree first on the path, then the wheels; pip and the hub without a network."""
-    paths = [str(ROOT)]
-    if folder is not None:
-        site = wheels.install(folder.resolve())
-        sys.path.insert(1, str(site))
-        paths.append(str(site))
-        os.environ.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(folder.resolve()), HF_HUB_OFFLINE="1")
-        os.environ["PATH"] = os.pathsep.join([str(site / "bin"), os.environ.get("PATH", "")])
-    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")  # where compute-sanitizer is, also where it is on no path
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(cuda)])
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
+def _capability() -> str:
+    """Of the first GPU, such as "90"; empty where nobody knows."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0].replace(".", "")
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return ""
+
+
+def _environment() -> dict[str, str]:
+    """Of all parts: this tree first on the path, CUDA's tools also where they are on none, nothing asked of a network."""
+    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    return {
+        "PATH": os.pathsep.join([os.environ.get("PATH", ""), str(cuda)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def _run_suite(given: argparse.Namespace) -> int:
-    prepare(given.wheels)
-    facts: dict[str, Any] = {"commit": "", "device": "no GPU"}
-    try:
-        facts = suite.describe("cuda" if given.gpu_suite else "cpu")
-    except ValueError:
-        if not given.dry_run:
-            raise
-    commit = given.commit or facts["commit"]
-    if not commit and not given.dry_run:
+    out = (given.out or ROOT / "build" / "suite").resolve()
+    if not given.commit and not (ROOT / ".git").exists() and not given.dry_run:
         raise ValueError("a row names its commit; this tree has no git history, so give it with --commit")
-    parts = gpu_suite(facts.get("memory", 80e9) / 1e9, facts.get("capability", "")) if given.gpu_suite else cpu_suite()
-    return suite.run_suite(
-        named(parts, given.commit) if given.commit else parts,
-        commit=commit,
-        device=facts["device"],
-        dry_run=given.dry_run,
-        only=given.only,
-        seconds=given.seconds,
-        out=given.out,
-        resume=given.resume,
-        report=REPORT,
-    )
+    parts = gpu_suite(out, given.device or "cuda", _capability()) if given.gpu_suite else cpu_suite(out)
+    commit = ("--commit", given.commit) if given.commit else ()
+    env = _environment()
+    parts = [
+        dataclasses.replace(p, command=p.command + (commit if "--measure" in p.command else ()), env={**env, **p.env})
+        for p in suite.choose(parts, given.only.split(",") if given.only else ())
+    ]
+    if given.dry_run:
+        suite.show(parts)
+        return 0
+    budget = given.seconds or (BUDGET if given.gpu_suite else float("inf"))
+    return suite.run_suite(parts, out, budget=budget, facts={"commit": given.commit or ""})
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--gpu-suite", action="store_true", help="everything for a borrowed GPU")
+    what.add_argument("--gpu-suite", action="store_true", help="everything for a borrowed GPU; --device cpu rehearses it")
     what.add_argument("--cpu-suite", action="store_true", help="rows of a machine without a GPU; needs it quiet")
-    what.add_argument("--measure", metavar="WHAT", help="ceilings, accuracy, op:NAME, stage:NAME or check:OP=IMPLEMENTATION;...")
+    what.add_argument(
+        "--measure",
+        metavar="WHAT",
+        help="several, separated by semicolons, of: ceilings, accuracy,\n"
+        "op:NAME, op:NAME/CASE, stage:NAME, profile:STAGE, check:OP=IMPLEMENTATION",
+    )
     what.add_argument("--update-readme", action="store_true", help="write README's table from the committed rows")
-    what.add_argument("--fetch-wheels", metavar="DIR", type=Path, help="download wheels for a machine without a network")
     suites = parser.add_argument_group("suites")
     suites.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    suites.add_argument("--only", metavar="TEXT", help="only the parts whose name holds this")
-    suites.add_argument("--seconds", type=float, help="for the whole run: start nothing that has no room, keep some for the table")
-    suites.add_argument("--wheels", metavar="DIR", type=Path, help="install what is missing from there first; no network is used")
-    suites.add_argument("--resume", metavar="DIR", type=Path, help="what --out was in an earlier run: its parts are done, its rows kept")
+    suites.add_argument("--only", metavar="NAMES", help="only these parts, in this order, separated by commas")
+    suites.add_argument("--seconds", type=float, help=f"for the whole run; {BUDGET:.0f} for --gpu-suite by default")
     parser.add_argument("--commit", help="the commit that rows name, where the tree has no git history")
-    parser.add_argument("--out", type=Path, help="a suite: folder for copies of state, rows, log and report\na measurement: file of rows")
+    parser.add_argument(
+        "--out", type=Path, help="folder of rows and profiles, of a suite's log and outcomes too;\na measurement: or file of rows"
+    )
     one = parser.add_argument_group("measurements")
     one.add_argument("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
     one.add_argument("--batch", type=int, default=1, help="clips in the stages that train or encode")
     one.add_argument("--preset", default="tiny", help="tiny, vitb-256 or vitb-512")
     one.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, float32 on a CPU by default")
     one.add_argument("--impl", metavar="NAMES", help="implementations of a stage, separated by semicolons; all by default")
+    one.add_argument("--no-compile", action="store_true", help="no torch.compile of an op's reference")
     one.add_argument("--budget", type=float, help="seconds of timing for a stage or for a case of an op")
-    fetching = parser.add_argument_group("wheels")
-    fetching.add_argument("--python", default="3.12", help="the other machine's Python")
-    fetching.add_argument("--packages", help=f"separated by spaces, instead of: {' '.join(wheels.NEEDED)}")
     return parser
 
 
@@ -218,10 +204,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(argv)
     try:
-        if given.fetch_wheels:
-            found = wheels.fetch(given.fetch_wheels, given.python, given.packages.split() if given.packages else wheels.NEEDED)
-            print(f"{len(found)} wheels in {given.fetch_wheels}, {sum(w.stat().st_size for w in found) / 2**20:.0f} MiB")
-            return 0
         if given.gpu_suite or given.cpu_suite:
             return _run_suite(given)
         from benchmarks import measure
@@ -232,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("README.md is missing or has no performance markers; nothing written")
             return 1
         return measure.main(given)
-    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as problem:
+    except ValueError as problem:
         parser.error(str(problem))
 
 

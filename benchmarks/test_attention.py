@@ -11,10 +11,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.measure import apart
 from deltakern.nn import attend
 from deltakern.nn.attend import BACKENDS, check_backend, decide
 from deltakern.nn.self_check import self_check
-from deltakern.report import latency
+from deltakern.report import collect, latency
 
 SHAPES = {"cuda": ((32, 2049, 2049, 12, 64), (32, 1, 2049, 12, 64)), "cpu": ((1, 513, 513, 12, 64), (1, 1, 513, 12, 64))}
 """Batch, queries, keys, heads, head size."""
@@ -59,7 +60,8 @@ def test_attention(which, backward, device, dtype, request, capsys):
     with capsys.disabled():
         print(f"\nattention {shape}, {str(dtype)[6:]}, {'forward and backward' if backward else 'forward'}; auto is {decide(*tensors)}")
         for name, timing in sorted(times.items(), key=lambda item: item[1].seconds):
-            print(f"  {name:15s} median {1e3 * timing.seconds:8.3f} ms, from {1e3 * timing.low:.3f} to {1e3 * timing.high:.3f}")
+            figures = apart(collect.gpu_figures(calls[name], device)) if device.type == "cuda" else ""
+            print(f"  {name:15s} median {1e3 * timing.seconds:8.3f} ms, from {1e3 * timing.low:.3f} to {1e3 * timing.high:.3f}{figures}")
         for name, problem in missing.items():
             print(f"  {name:15s} {problem}")
     assert "auto" in times, missing["auto"]

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from deltakern import backend
-from deltakern.report import collect, rows, stages
+from deltakern.report import collect, latency, rows, stages
 from deltakern.report import run as report_run
 from deltakern.report.rows import Row
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is in the repository, not in the package
-from benchmarks import measure, suite, wheels
+from benchmarks import measure, suite
 from benchmarks import run as bench
 from benchmarks.suite import Part
 
@@ -31,311 +30,278 @@ WHERE = {"device": "Some GPU", "driver": "580.1", "commit": "0123456789ab", "tor
 # --- suites -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", [bench.gpu_suite, bench.cpu_suite])
-def test_plans(plan):
-    parts = plan()
-    names = [part.name for part in parts]
-    assert len(set(names)) == len(names)
-    assert names[-1] == "table"
-    assert {f"op: {op}" for op in backend.ops()} <= set(names)  # a new op is in it by being registered
-    for part in parts:
-        assert part.enough <= part.limit
-        if "--measure" in part.command:
-            given = bench._parser().parse_args(part.command[part.command.index("benchmarks.run") + 1 :])
-            kind, _, name = given.measure.partition(":")
-            assert kind in ("ceilings", "accuracy", "op", "stage", "check")
-            assert not name or name in backend.ops() or name in stages.STAGES or kind == "check"
-            assert given.preset in stages.PRESETS
-            assert set(given.impl.split(";") if given.impl else ()) <= set(stages.IMPLEMENTATIONS)
-        for path in part.command:
-            if path.startswith("tests/"):
-                assert (ROOT / path).exists(), path
+def _measurements(part: Part) -> list[tuple[str, str]]:
+    """What a part measures; raises where its command line asks for what there is not."""
+    if "--measure" not in part.command:
+        return []
+    given = bench._parser().parse_args(part.command[part.command.index("benchmarks.run") + 1 :])
+    assert given.preset in stages.PRESETS
+    assert set(given.impl.split(";") if given.impl else ()) <= {*stages.IMPLEMENTATIONS, stages.RELEASE_BLOCKS}
+    return [measure.parsed(what) for what in given.measure.split(";")]
 
 
-def test_what_a_borrowed_gpu_must_give_takes_one_call():
-    parts = bench.gpu_suite()
-    names = [part.name for part in parts]
-    musts = [part for part in parts if part.must]
-    assert parts[: len(musts)] == musts
-    assert sum(part.limit for part in musts) + suite.RESERVE <= 9 * 60
-    assert all(part.limit <= 9 * 60 for part in parts)
-    first = {part.name for part in musts}
-    assert {"build", "tests: kernels", "sanitizer: memcheck", "sanitizer: racecheck", "ceilings", "vitb-512: encode"} <= first
-    assert any(name.startswith("op: ") for name in first)
-    timed = next(i for i, part in enumerate(parts) if "--measure" in part.command and "compute-sanitizer" not in part.command)
-    assert names.index("tests: kernels") < timed  # nothing is timed before the tests have run
-    assert names.index("vitb-512: decode") < names.index("vitb-256: decode")
+PLANS = [bench.cpu_suite, bench.gpu_suite, lambda out: bench.gpu_suite(out, "cpu")]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=["cpu", "gpu", "rehearsal"])
+def test_plans(plan, tmp_path):
+    parts = plan(tmp_path)
+    assert len({part.name for part in parts}) == len(parts)
+    measured = {(kind, name.partition("/")[0]) for part in parts for kind, name in _measurements(part)}
+    assert measured >= {("op", op) for op in backend.ops()} | {("stage", stage) for stage in stages.STAGES} | {("ceilings", "")}
     for part in parts:
         assert not {"git", "curl", "wget", "apt-get"} & set(part.command)
-        if "pip" in part.command:
-            assert {"--no-index", "--no-input", "--no-deps", "--no-build-isolation"} <= set(part.command)
+        assert "pip" not in part.command or {"--no-index", "--no-input", "--no-deps", "--no-build-isolation"} <= set(part.command)
+        for path in part.command:
+            assert not path.startswith("tests/") or (ROOT / path.partition("::")[0]).exists(), path
 
 
-def test_a_gpu_of_little_memory_gets_half_the_batch():
-    def batch(parts, name):
-        command = next(part.command for part in parts if part.name == f"vitb-512: {name}")
-        return int(command[command.index("--batch") + 1]) if "--batch" in command else 1
-
-    for name, roomy, short in (("encode", 64, 32), ("DeltaWorld training step", 32, 16), ("rollout", 1, 1)):
-        assert batch(bench.gpu_suite(143.0), name) == roomy
-        assert batch(bench.gpu_suite(80.0), name) == short
-    assert bench.gpu_suite(80.0, "90")[0].env["DELTAKERN_CUDA_ARCHS"] == "90"
+def test_a_borrowed_gpu_gives_the_most_telling_first(tmp_path):
+    parts = bench.gpu_suite(tmp_path, capability="90")
+    names = [part.name for part in parts]
+    groups = ["build", "smoke", "stages", "compiled", "kernels", "large", "sanitizers", "ops", "profiles"]
+    assert list(dict.fromkeys(part.group for part in parts)) == groups
+    assert parts[0].env["DELTAKERN_CUDA_ARCHS"] == "90"
+    assert sum(part.limit for part in parts[: names.index("kernels") + 1]) <= bench.BUDGET <= 600
+    assert {part.group for part in parts if part.must} == {"smoke", "kernels"}
+    for part in parts:
+        impls = {name for name in (stages.RELEASE_COMPILED, stages.RELEASE_BLOCKS) if any(name in word for word in part.command)}
+        assert bool(impls) == (part.group == "compiled")  # whose parts are of one stage each
+        assert not impls or len(_measurements(part)) == 1
+        assert "deltakern (torch.compile)" not in part.command
+    assert all("-n" not in part.command for part in parts if part.name in ("smoke", "large"))
 
 
 def _python(text: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-c", text, *arguments)
 
 
-def _run(parts, tmp_path, **changes):
-    kept = {"commit": "abc", "device": "a GPU", "state_path": tmp_path / "build" / "suite.json", "results": tmp_path / "results"}
-    return suite.run_suite(parts, **{**kept, **changes})
-
-
-APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
-
-
-def test_a_suite_resumes(tmp_path, capfd):
-    marker, path = tmp_path / "ran", tmp_path / "build" / "suite.json"
-    worker = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); time.sleep(60)"
+def test_a_suite_of_parts_that_fail_in_every_way(tmp_path, capfd):
+    pid = tmp_path / "pid"
+    worker = (
+        "import pathlib, subprocess, sys, time; print('stage one: 3 ms');"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "pathlib.Path(sys.argv[1]).write_text(str(child.pid)); time.sleep(60)"
+    )
     parts = [
-        Part("first", _python(APPEND, str(marker), "1")),
-        Part("wrong", _python("raise SystemExit(3)")),
-        Part("slow", _python(worker), limit=0.5),
-        Part("missing", ("no-such-program-here",)),
-        Part("asks", _python("print('answer:', input())")),
-        Part("table", _python(APPEND, str(marker), "t")),
+        Part("first", _python("print('one'); print('== 7 passed ==')"), 60, must=True),
+        Part("wrong", _python("print('E   it is wrong'); raise SystemExit(3)"), 60),
+        Part("slow: a", _python(worker, str(pid)), 2.0),
+        Part("slow: b", ("no-such-program-here",), 60, must=True),
+        Part("asks", _python("print('answer:', input())"), 60),
     ]
     begin = time.monotonic()
-    assert _run(parts, tmp_path) == 1
-    assert time.monotonic() - begin < 40
-    assert marker.read_text() == "1t"
-    found = suite.load_state(path, "abc", "a GPU")
-    assert found.outcomes["first"] == found.outcomes["table"] == "done"
-    assert found.outcomes["wrong"] == "exit status 3"
-    assert found.outcomes["asks"] == "exit status 1"  # nobody is there to answer
-    assert "killed" in found.outcomes["slow"]
-    assert "not installed" in found.outcomes["missing"]
-    again = suite.outstanding(parts, found)
-    assert [part.name for part in again] == ["wrong", "slow", "missing", "asks", "table"]
-    assert again[1].limit > parts[2].limit  # more time for what was killed
-    good = [parts[0], Part("wrong", _python("")), parts[-1]]
-    assert _run(good, tmp_path) == 0
-    assert marker.read_text() == "1tt"  # the first part was not run again, the table was
-    assert suite.load_state(path, "another commit", "a GPU").outcomes == {}
-    assert suite.load_state(path, "abc", "another GPU").outcomes == {}
-    path.write_text("{")
-    assert suite.load_state(path, "abc", "a GPU").outcomes == {}
+    assert suite.run_suite(parts, tmp_path / "out", budget=100.0, facts={"commit": "abc"}) == 1
+    assert time.monotonic() - begin < 30
+    said = capfd.readouterr().out
+    assert re.search(r"first: done, .* s; 7 passed; left: \d+ s for wrong, slow, asks\n", said)
+    assert "    | E   it is wrong\n" in said
+    assert "slow: a: killed after 2 s, 2.0 s; stage one: 3 ms; left: " in said
+    assert "slow: b: no-such-program-here is not installed" in said
+    assert "not done: wrong, slow: a, slow: b, asks; again with --only wrong,slow,asks" in said
+    assert "s for nothing\n" in said
+    found = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert found["commit"] == "abc"
+    assert [part["outcome"] for part in found["parts"].values()][:2] == ["done", "exit status 3"]
+    assert found["parts"]["asks"]["outcome"] == "exit status 1"  # nobody is there to answer
+    log = (tmp_path / "out" / "suite-log.txt").read_text()
+    assert log.index("== 7 passed ==") < log.index("it is wrong") < log.index("stage one: 3 ms")
+    child = Path(f"/proc/{pid.read_text()}/stat")
+    for _ in range(100):  # a killed process may lie there until its parent has seen it
+        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("what the killed part had started runs on")
 
 
-def test_what_was_killed_gets_twice_the_time_and_never_more_than_a_call():
-    part = Part("slow", ("x",), 60)
-    state = suite.State("abc", "a GPU", {"slow": "killed after 60 s"}, {"slow": 60.2})
-    assert suite.outstanding([part, Part("table", ("x",))], state)[0].limit == pytest.approx(120.4)
-    state.seconds["slow"] = 400.0
-    assert suite.outstanding([part, Part("table", ("x",))], state)[0].limit == suite.LIMIT
+def test_the_exit_status_asks_for_what_must_be_done(tmp_path, capfd):
+    good, bad = _python(""), _python("raise SystemExit(1)")
+    assert suite.run_suite([Part("smoke", good, 60, must=True), Part("ops", bad, 60)], tmp_path) == 0
+    assert suite.run_suite([Part("ops", good, 60), Part("smoke", bad, 60, must=True)], tmp_path) == 1
 
 
-def test_a_suite_keeps_to_its_time(tmp_path, capfd):
-    """A clock that moves 50 s each time it is read: at the beginning, before each part, at its start and at its end."""
-    marker, now = tmp_path / "ran", [0.0]
-
-    def clock():
-        now[0] += 50.0
-        return now[0]
-
-    parts = [Part(name, _python(APPEND, str(marker), name), limit=200, least=least) for name, least in (("a", 20), ("b", 120), ("c", 20))]
-    parts += [Part("table", _python(APPEND, str(marker), "t"))]
-    assert _run(parts, tmp_path, seconds=325.0, clock=clock) == 1
-    assert marker.read_text() == "act"  # b has no room, c has, the table is always drawn
-    shown = capfd.readouterr().out
-    assert "no time left for 1 parts; the next run begins with: b" in shown
-    assert _run(parts, tmp_path) == 0
-    assert marker.read_text() == "actbt"
-
-
-def test_no_part_runs_longer_than_is_left(tmp_path, capfd):
-    parts = [Part("slow", _python("import time; time.sleep(60)"), limit=500, least=0.0), Part("table", _python(""))]
+def test_a_suite_keeps_to_its_time(tmp_path, capfd, monkeypatch):
+    """What is begun is cut to what is left, what has no room is not begun, and what is lost for lack of time is told."""
+    monkeypatch.setattr(suite, "LEAST", 1.0)
+    parts = [Part("slow", _python("import time; time.sleep(60)"), 500), Part("smoke", _python(""), 60, must=True)]
     begin = time.monotonic()
-    assert _run(parts, tmp_path, seconds=suite.RESERVE + 1.0) == 1
+    assert suite.run_suite(parts, tmp_path, budget=1.5) == 1
     assert time.monotonic() - begin < 20
-    assert "slow: killed after 1 s" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "slow: killed after 1 s" in said or "slow: killed after 2 s" in said
+    assert "smoke: no time left" in said
 
 
-def test_a_fresh_machine_resumes_from_what_came_back(tmp_path, capfd):
-    """Two machines with nothing in common but the folder that travels."""
-    row = json.dumps({"a": 1}) + "\n"
+def test_a_killed_suite_leaves_what_it_has(tmp_path):
+    """Rows, profiles, outcomes: all of them whole, up to the part that ran."""
+    one = Row("op", "gelu", "odd", "triton", "float32", where={"commit": "abc", "device": "a GPU"})
+    text = (
+        "import sys, time; from pathlib import Path; from benchmarks import suite; from deltakern.report import rows;"
+        f"rows.append(Path(sys.argv[1]) / 'a-gpu.jsonl', [rows.Row(**{vars(one)!r})]); time.sleep(float(sys.argv[2]))"
+    )
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import suite; from benchmarks.suite import Part; out = sys.argv[1];"
+        f"suite.run_suite([Part(str(n), (sys.executable, '-c', {text!r}, out, str(60 * n)), 90) for n in range(2)], Path(out))"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        for _ in range(600):
+            if (out / "a-gpu.jsonl").exists() and len((out / "a-gpu.jsonl").read_text().splitlines()) == 2:
+                break
+            time.sleep(0.1)
+    finally:
+        process.terminate()
+        process.wait()
+    assert rows.read(out) == [one, one]
+    assert json.loads((out / "suite.json").read_text())["parts"]["0"]["outcome"] == "done"
+    assert not list(out.glob("*.new"))
 
-    def parts(machine):
-        results = machine / "results" / "a-gpu.jsonl"
-        add = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.parent.mkdir(exist_ok=True); p.open('a').write(sys.argv[2])"
-        second = "raise SystemExit(1)" if machine.name == "one" else add
-        return [
-            Part("first", _python(add, str(results), row)),
-            Part("second", _python(second, str(results), row.replace("1", "2"))),
-            Part("table", _python("import pathlib, sys; pathlib.Path(sys.argv[1], 'report.md').write_text('t')", str(machine))),
-        ]
 
-    one, two, back, later = (tmp_path / name for name in ("one", "two", "back", "later"))
-    for machine in (one, two):
-        (machine / "results").mkdir(parents=True)
-        (machine / "results" / "another.jsonl").write_text("{}\n")
-    assert _run(parts(one), one, out=back, report=one) == 1
-    assert sorted(p.name for p in back.iterdir()) == ["a-gpu.jsonl", "report.md", "suite-log.txt", "suite.json"]
-    assert (back / "a-gpu.jsonl").read_text() == row
-    assert "$ " in (back / "suite-log.txt").read_text()
-    assert _run(parts(two), two, resume=back, out=later, report=two) == 0
-    assert (two / "results" / "a-gpu.jsonl").read_text() == row + row.replace("1", "2")  # the first machine's, then its own
-    assert (later / "a-gpu.jsonl").read_text() == row + row.replace("1", "2")
-    assert "2 to run" in capfd.readouterr().out  # the second part and the table
-    assert suite.merge_rows(later, two / "results") == 0
-    with pytest.raises(ValueError, match="--resume"):
-        _run(parts(two), two, resume=tmp_path / "nothing")
+def test_parts_are_chosen_by_name_and_in_that_order():
+    parts = [Part(name, ("x",), 1) for name in ("smoke", "stages", "stages: training", "ops")]
+    assert [part.name for part in suite.choose(parts, ["ops", "stages"])] == ["ops", "stages", "stages: training"]
+    assert suite.choose(parts, ()) == parts
+    with pytest.raises(ValueError, match=r"--only: expected names out of .*'stages'.*, got \['stage'\]"):
+        suite.choose(parts, ["stage"])
 
 
 def test_a_dry_run_runs_nothing(tmp_path, capsys):
-    parts = [Part("first", _python("raise SystemExit(3)"), 60, must=True), Part("table", ("y",))]
-    assert _run(parts, tmp_path, dry_run=True) == 0
-    assert not (tmp_path / "build").exists()
-    shown = capsys.readouterr().out
-    assert "first" in shown
-    assert "the 1 that come first take at most 60 s together" in shown
+    chosen = ["--only", "ops,smoke", "--commit", "abc", "--out", str(tmp_path / "out")]
+    assert bench.main(["--gpu-suite", "--dry-run", *chosen]) == 0
+    assert not (tmp_path / "out").exists()
+    first, attention, smoke, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("  ops ")
+    assert first.endswith("--commit abc")  # which rows name
+    assert attention.startswith("  ops: attention ")
+    assert smoke.startswith("* smoke ")
+    assert bench.main(["--cpu-suite", "--dry-run"]) == 0
 
 
-def test_the_commit_is_passed_on_to_measurements():
-    made = bench.named([Part("row", ("x", "--measure", "op:gelu"), 7, 3, True, {"A": "b"}), Part("build", ("y",))], "abc")
-    assert made[0] == Part("row", ("x", "--measure", "op:gelu", "--commit", "abc"), 7, 3, True, {"A": "b"})
-    assert made[1] == Part("build", ("y",))
-
-
-def test_a_suite_needs_a_commit_and_its_device(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "prepare", lambda folder: None)
-    monkeypatch.setattr(suite, "describe", lambda device: {"commit": "", "device": "a GPU"})
+def test_a_suite_needs_a_commit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
     with pytest.raises(SystemExit):
-        bench.main(["--cpu-suite"])
+        bench.main(["--cpu-suite", "--out", str(tmp_path)])
     assert "--commit" in capsys.readouterr().err
 
-    def fails(device):
-        raise ValueError(f"{device} cannot be used here")
 
-    monkeypatch.setattr(suite, "describe", fails)
-    with pytest.raises(SystemExit):
-        bench.main(["--gpu-suite"])
-    assert "cuda cannot be used here" in capsys.readouterr().err
-    assert bench.main(["--gpu-suite", "--dry-run"]) == 0
-    assert "sanitizer" in capsys.readouterr().out
-
-
-def test_the_device_is_asked_for_in_another_process():
-    found = suite.describe("cpu")
-    assert found["device"] == rows.environment()["device"]
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="cuda cannot be used here"):
-            suite.describe("cuda")
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal without a GPU")
+def test_the_smoke_part_on_a_cpu(tmp_path, capfd):
+    chosen = ["--only", "smoke", "--seconds", "300", "--out", str(tmp_path), "--commit", "abc"]
+    assert bench.main(["--gpu-suite", "--device", "cpu", *chosen]) == 0
+    said = capfd.readouterr().out
+    assert re.search(r"smoke: done, .* s; \d\d passed in .*; left: \d+ s for nothing", said), said
 
 
-def test_planning_needs_no_packages_but_torch():
-    """A bare machine must get as far as installing the wheels."""
-    text = (
-        "import sys\n"
-        "class Absent:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in ('torch', 'numpy', 'safetensors', 'rich', 'typer', 'pytest', 'matplotlib', 'deltakern'):\n"
-        "            raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Absent())\n"
-        "from benchmarks import run, suite, wheels\n"
-        "run._parser().parse_args(['--gpu-suite', '--wheels', 'x'])\n"
-    )
-    subprocess.run([sys.executable, "-c", text], cwd=ROOT, check=True)
+ABSENT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "av":
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
 
 
-# --- wheels -------------------------------------------------------------------------------------------------------------------------
-
-
-def test_wheels_are_downloaded_for_the_other_machine():
-    pure, rest = wheels.downloads(Path("w"), "3.12", ("pytest", "fvcore"))
-    assert pure[pure.index("wheel") :] == ["wheel", "--quiet", "--no-deps", "--wheel-dir", "w", "fvcore", "iopath"]
-    assert rest[rest.index("--python-version") + 1] == "3.12"
-    assert {"--only-binary=:all:", "manylinux_2_28_x86_64", "pytest", "yacs", "pillow"} <= set(rest)
-    assert not {"fvcore", "iopath", "torch"} & set(rest)
-    assert len(wheels.downloads(Path("w"), "3.12", ("pytest",))) == 1
-
-
-def test_wheels_that_are_missing_or_too_old_are_installed(tmp_path, monkeypatch):
-    least = wheels.least_versions((ROOT / "pyproject.toml").read_text())
-    assert least["setuptools"] == "77"
-    assert least["torch"] == "2.10"
-    for name in ("pytest-9.0.0-py3-none-any.whl", "setuptools-80.1.0-py3-none-any.whl", "no_such.thing-1.0-py3-none-any.whl"):
-        (tmp_path / name).touch()
-    installed = {"pytest": "8.4", "setuptools": "70.0"}
-
-    def version(name):
-        if name not in installed:
-            raise wheels.importlib.metadata.PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(wheels.importlib.metadata, "version", version)
-    assert [wheels.named(w)[0] for w in wheels.missing(tmp_path, least)] == ["no-such-thing", "setuptools"]
-    installed["setuptools"] = "78.1"
-    assert [wheels.named(w)[0] for w in wheels.missing(tmp_path, least)] == ["no-such-thing"]
-    (tmp_path / "pytest-9.1.0-py3-none-any.whl").touch()
-    with pytest.raises(ValueError, match="two versions of pytest"):
-        wheels.missing(tmp_path, least)
-    with pytest.raises(FileNotFoundError, match="no wheels"):
-        wheels.missing(tmp_path / "nothing", least)
-
-
-def test_a_wheel_is_installed_without_a_network_beside_the_machines_packages(tmp_path, monkeypatch):
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    with zipfile.ZipFile(folder / "no_such_thing-1.5-py3-none-any.whl", "w") as wheel:
-        info = "no_such_thing-1.5.dist-info"
-        wheel.writestr("no_such_thing.py", "VALUE = 7\n")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: no-such-thing\nVersion: 1.5\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", f"no_such_thing.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
-    monkeypatch.setattr(wheels, "ROOT", tmp_path)
-    (tmp_path / "pyproject.toml").write_text("")
-    site = wheels.install(folder)
-    assert site.parent == tmp_path / "build"
-    assert (site / "no_such_thing.py").exists()
-    assert importlib.util.find_spec("no_such_thing") is None
+def test_without_a_package_a_test_is_skipped_and_says_so(tmp_path):
+    (tmp_path / "absent.py").write_text(ABSENT)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "absent", "-p", "no:cacheprovider", "tests/test_fused_block.py", "-k", "curve"]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SKIPPED [2]" in done.stdout
+    assert 'reading video needs the package av; install it with: pip install "deltakern[demo]"' in done.stdout
 
 
 # --- single measurements -----------------------------------------------------------------------------------------------------------
 
 
-def test_measure_a_stage(tmp_path, capsys):
-    out = tmp_path / "a.jsonl"
+CPU = ["--device", "cpu", "--commit", "abc"]
+
+
+def test_measurements_in_one_process(tmp_path, capsys):
+    """Rows come one after the other, into one file of the device; what fails does not stop what follows."""
     chosen = f"{stages.RELEASE};{stages.OURS}"
-    assert bench.main(["--measure", "stage:predictor step", "--device", "cpu", "--impl", chosen, "--commit", "abc", "--out", str(out)]) == 0
-    found = rows.read(out)
+    what = "stage:predictor step;check:swiglu=triton;profile:predictor step"
+    assert bench.main(["--measure", what, *CPU, "--impl", chosen, "--budget", "0.1", "--out", str(tmp_path)]) == 0
+    found = rows.read(tmp_path)
     assert [row.impl for row in found] == [stages.RELEASE, stages.OURS]
     assert all(row.where["commit"] == "abc" and row.seconds > 0 for row in found)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"stage:predictor step: release \(eager\) [\d.]+ [um]?s, deltakern [\d.]+ [um]?s", first)
+    assert second == "check:swiglu=triton: right"
+    assert third == "profile:predictor step: profiles of release (eager), deltakern"
+    profiles = json.loads((tmp_path / "profiles.json").read_text())
+    host = {name: count for name, count, _ in profiles["predictor step, deltakern"]["host"]}
+    assert host["aten::addmm"] > 0
 
 
-@pytest.mark.parametrize("what", ["op:nothing", "stage:nothing", "nothing"])
+def test_a_training_step_compiled_by_block(tmp_path):
+    models = stages.Models(stages.PRESETS["tiny"], torch.device("cpu"))
+    (stage,) = models.stages((stages.RELEASE, stages.RELEASE_BLOCKS), ("DeltaTok training step",))
+    assert list(stage.calls) == [stages.RELEASE, stages.RELEASE_BLOCKS]
+    assert stage.flops[stages.RELEASE_BLOCKS] == stage.flops[stages.RELEASE]
+    blocks = models.module.Block, models.module.PredictorBlock
+    assert not any(m._compiled_call_impl for m in models.release.modules() if isinstance(m, blocks)), "not in the copy alone"
+
+
+def test_a_measurement_that_fails_stops_no_other(tmp_path, capsys, monkeypatch):
+    def fails(self, name):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(measure.Measuring, "_ceilings", fails)
+    assert bench.main(["--measure", "ceilings;check:gelu=reference", *CPU, "--out", str(tmp_path / "a.jsonl")]) == 1
+    shown = capsys.readouterr().out
+    assert "ceilings: no speed: RuntimeError: out of memory\ncheck:gelu=reference: right\n" in shown
+    assert shown.endswith("wrong or not measured: ceilings\n")
+
+
+def test_an_op_without_torch_compile(tmp_path):
+    out = tmp_path / "a.jsonl"
+    assert bench.main(["--measure", "op:gelu/backbone-512", *CPU, "--no-compile", "--budget", "0.02", "--out", str(out)]) == 0
+    assert {row.impl for row in rows.read(out)} == {"reference"}
+
+
+@pytest.mark.parametrize("what", ["op:nothing", "op:gelu/nothing", "stage:nothing", "profile:nothing", "check:swiglu=fast", "nothing"])
 def test_measure_refuses(what, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        bench.main(["--measure", what, "--device", "cpu", "--commit", "abc", "--out", str(tmp_path / "a.jsonl")])
+        bench.main(["--measure", f"ceilings;{what}", *CPU, "--out", str(tmp_path / "a.jsonl")])
     assert "--measure" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
-def test_check(capsys):
-    assert bench.main(["--measure", "check:swiglu=reference;gelu=reference", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == "swiglu reference: right\ngelu reference: right\n"
-    with pytest.raises(SystemExit):
-        bench.main(["--measure", "check:swiglu=fast", "--device", "cpu"])
-    assert "expected OP=IMPLEMENTATION, got 'swiglu=fast'" in capsys.readouterr().err
-
-
-def test_a_row_names_its_commit(tmp_path, monkeypatch):
+def test_a_row_names_its_commit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rows, "environment", lambda device="cpu": {**WHERE, "commit": ""})
-    with pytest.raises(ValueError, match="--commit"):
-        measure.measure("ceilings", "cpu", "tiny", torch.float32, stages.IMPLEMENTATIONS, out=tmp_path / "a.jsonl")
+    with pytest.raises(SystemExit):
+        bench.main(["--measure", "ceilings", "--device", "cpu", "--out", str(tmp_path / "a.jsonl")])
+    assert "--commit" in capsys.readouterr().err
 
 
 def test_results_are_kept_by_device():
     assert measure.results_file({"device": "NVIDIA H200"}).name == "nvidia-h200.jsonl"
+
+
+def test_what_a_gpu_takes_is_told_apart(monkeypatch):
+    """Kernels by their own time and by graph replay, the host by itself; what cannot be captured keeps the rest."""
+    monkeypatch.setattr(latency, "profile", lambda call, device: ([("gelu_kernel", 3, 4e-3), ("Memset", 1, 1e-3)], []))
+    monkeypatch.setattr(latency, "launch_overhead", lambda call, device: 7e-3)
+    monkeypatch.setattr(latency, "graphed", lambda call, device: call)
+    monkeypatch.setattr(latency, "interleaved", lambda calls, device, budget: {"graph": latency.Timing(5e-3, 5e-3, 5e-3, 1)})
+    figures = {"kernels": 4, "kernel_seconds": 5e-3, "launch_seconds": 7e-3, "graph_seconds": 5e-3}
+    assert collect.gpu_figures(lambda: None, torch.device("cuda")) == figures
+    row = Row("model", "encode", "tiny", stages.OURS, "bfloat16", seconds=8e-3, figures=figures)
+    assert measure._times(row) == "8.00 ms (graph 5.00 ms, kernels 5.00 ms, host 7.00 ms)"
+
+    def refuses(call, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(latency, "graphed", refuses)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    assert collect.gpu_figures(lambda: None, torch.device("cuda")) == {k: v for k, v in figures.items() if k != "graph_seconds"}
 
 
 # --- a wrong kernel -----------------------------------------------------------------------------------------------------------------
@@ -362,6 +328,10 @@ def test_a_broken_kernels_row_disappears(tmp_path):
     assert "no speed: gelu triton is wrong" in done.stdout
     assert not out.exists()
     assert "Mean" not in done.stdout  # pytest-benchmark's table of times
+    smoke = [sys.executable, "-m", "pytest", "-q", "-p", "break_a_kernel", "tests/gpu_smoke.py", "-k", "gelu"]
+    done = subprocess.run(smoke, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "test_op[gelu-odd-triton-float32] - AssertionError" in done.stdout
 
 
 # --- README -------------------------------------------------------------------------------------------------------------------------
@@ -393,6 +363,13 @@ def test_losing_shapes_stay_in():
         for i, t in ((stages.RELEASE, 1), (stages.OURS, 2))
     ]
     assert "0.500x" in measure.readme_table(lost)
+
+
+def test_a_step_compiled_by_block_is_called_so():
+    timed = ((stages.RELEASE, 4), (stages.RELEASE_BLOCKS, 2), (stages.OURS, 1))
+    made = [Row("model", "DeltaTok training step", "vitb-512", i, "bfloat16", {}, t, t, t, 9, {"flops": 1}, WHERE) for i, t in timed]
+    table = measure.readme_table(made)
+    assert "| DeltaTok training step, compiled by block, vitb-512, bfloat16 | 4.00 s | 2.00 s | 1.00 s |  | 4.00x | 2.00x |" in table
 
 
 def test_readme_is_updated_between_its_markers(tmp_path):

@@ -176,6 +176,7 @@ def test_more_than_two_to_the_31_elements():
     assert identical((loss,), (one[1],))
 
 
+@pytest.mark.large
 def test_offsets_beyond_two_to_the_31():
     """Three rows 2^30 + 64 elements apart; untouched memory is never committed, so this takes none."""
     step = 2**30 + 64

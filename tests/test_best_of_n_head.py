@@ -205,7 +205,7 @@ def test_empty_leading_dimensions(impl: str, device: torch.device) -> None:
 # --- bits --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lay", [sliced, transposed, far_apart], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("lay", [sliced, transposed, pytest.param(far_apart, marks=pytest.mark.large)], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("patches", [(), (3,)], ids=["rows", "patches"])
 def test_the_layout_does_not_show(lay, patches, device: torch.device) -> None:
     args = arguments(device, leading=(2, 2), patches=patches, dtype=torch.bfloat16)

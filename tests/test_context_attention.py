@@ -75,7 +75,7 @@ def test_own_keys_have_gradients(dtype: torch.dtype, turned: bool, impl: str, pl
     assert_accurate(arguments(dtype, place, turned=turned), impl)
 
 
-@pytest.mark.parametrize("lay", [sliced, transposed, far_apart], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("lay", [sliced, transposed, pytest.param(far_apart, marks=pytest.mark.large)], ids=lambda f: f.__name__)
 def test_own_keys_strided(lay, impl: str, place: torch.device) -> None:
     assert_accurate(arguments(torch.bfloat16, place), impl, lay=lay)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from deltakern import launch
 from deltakern.cases import cases
 from deltakern.report import collect, latency, render, rows, run, stages
 from deltakern.report.rows import Row
@@ -148,7 +149,9 @@ def test_environment_names_commit_and_versions():
 def interpreted(monkeypatch):
     """The interpreter's kernels as if they were the CPU's own, so that a kernel of this package can be broken and timed here."""
     monkeypatch.setitem(collect.NATIVE, "cpu", ("reference", "triton"))
-    return importlib.import_module("deltakern.ops.kernels.swiglu")
+    launch.forget_plans()  # which hold the kernel as it was
+    yield importlib.import_module("deltakern.ops.kernels.swiglu")
+    launch.forget_plans()
 
 
 def _tiny(op):

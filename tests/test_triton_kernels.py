@@ -68,6 +68,7 @@ def test_strided(case: Case, lay, device: torch.device) -> None:
     assert_case_accurate(case, torch.bfloat16, device, lay=lay)
 
 
+@pytest.mark.large
 @every_case
 def test_offsets_past_31_bits(case: Case, device: torch.device) -> None:
     assert_case_accurate(case, torch.bfloat16, device, lay=far_apart)

@@ -7,22 +7,30 @@ import torch
 
 from deltakern.ops import best_of_n_head, gelu, patch_delta, recon_loss, residual_norm, swiglu
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.large]
 ROWS = 2**31 // 768 + 4096
 TAIL = 64
 
 
-@pytest.fixture(autouse=True)
-def room(device: torch.device):
+@pytest.fixture(scope="module")
+def memory(device: torch.device):
+    """8 GiB that all tests share."""
     if torch.cuda.get_device_properties(device).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
-    yield
+    yield torch.empty(2, ROWS, 768, dtype=torch.bfloat16, device=device)
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def big(memory: torch.Tensor):
+    """Two tensors of normal numbers, (ROWS,768) each."""
+    yield memory.normal_().unbind(0)
     torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("op", [gelu, swiglu], ids=lambda f: f.__name__)
-def test_activations(op, device: torch.device) -> None:
-    x = torch.randn(ROWS, 768, dtype=torch.bfloat16, device=device).requires_grad_()
+def test_activations(op, big) -> None:
+    x = big[0].requires_grad_()
     out = op(x, impl="triton")
     (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
     tail = x.detach()[-TAIL:].clone().requires_grad_()
@@ -31,8 +39,8 @@ def test_activations(op, device: torch.device) -> None:
     assert torch.equal(grad[-TAIL:], torch.autograd.grad(alone, tail, torch.ones_like(alone))[0])
 
 
-def test_residual_norm(device: torch.device) -> None:
-    stream, branch = (torch.randn(ROWS, 768, dtype=torch.bfloat16, device=device).requires_grad_() for _ in range(2))
+def test_residual_norm(big, device: torch.device) -> None:
+    stream, branch = (t.requires_grad_() for t in big)
     vectors = [torch.randn(768, device=device) for _ in range(3)]
     out = residual_norm(stream, branch, *vectors, impl="triton")
     grads = torch.autograd.grad(out, [stream, branch], [torch.ones_like(o) for o in out])
@@ -43,6 +51,7 @@ def test_residual_norm(device: torch.device) -> None:
         assert torch.equal(big[-TAIL:], small)
 
 
+@pytest.mark.usefixtures("memory")
 def test_patch_delta(device: torch.device) -> None:
     clips, patches = 1400, 1024  # 1 + 2 * 1024 rows a clip
     prev, curr = (torch.randn(1, patches, 768, dtype=torch.bfloat16, device=device).expand(clips, -1, -1) for _ in range(2))
@@ -60,17 +69,17 @@ def test_patch_delta(device: torch.device) -> None:
         assert torch.equal(big[-1:], small)
 
 
-def test_recon_loss(device: torch.device) -> None:
-    pred = torch.ones(ROWS, 768, dtype=torch.bfloat16, device=device).requires_grad_()
-    loss = recon_loss(pred, torch.zeros_like(pred), kind="mse", impl="triton")
+def test_recon_loss(big, device: torch.device) -> None:
+    pred, target = big[0].fill_(1).requires_grad_(), big[1].zero_()
+    loss = recon_loss(pred, target, kind="mse", impl="triton")
     assert abs(loss.item() - 1.0) < 1e-5
     (grad,) = torch.autograd.grad(loss, pred, torch.tensor(float(pred.numel()), device=device))
     assert (grad[-TAIL:] == 2).all()
 
 
-def test_best_of_n_head(device: torch.device) -> None:
+def test_best_of_n_head(big, device: torch.device) -> None:
     """The last candidate of many wins, and its loss is that of it alone."""
-    stream = torch.randn(1, 1, 768, dtype=torch.bfloat16, device=device).repeat(1, ROWS, 1)
+    stream = big[0].copy_(torch.randn(768, device=device))[None]
     stream[0, -1] = torch.randn(768, device=device)
     weight, head = torch.ones(768, device=device), torch.eye(768, dtype=torch.bfloat16, device=device)
     target = torch.nn.functional.layer_norm(stream[:, -1].float(), (768,))

@@ -152,7 +152,7 @@ def op_rows(
         else:
             calls = {n: (lambda f=f: f(*args, **kwargs)) for n, f in functions.items()}
         found = latency.interleaved(calls, device, budget=budget)
-        extras = {name: _gpu_figures(call, device) for name, call in calls.items()} if device.type == "cuda" else {}
+        extras = {name: gpu_figures(call, device) for name, call in calls.items()} if device.type == "cuda" else {}
     whole = case.bytes_moved(dtype) if case.bytes_moved else 0
     arithmetic = case.flops * (min(1.0, moved / whole) if whole and scale < 1 else 1.0)
     where = rows.environment(device) if where is None else where
@@ -177,15 +177,17 @@ def _timing(timing: Timing) -> dict[str, Any]:
     return {"seconds": timing.seconds, "low": timing.low, "high": timing.high, "rounds": timing.rounds}
 
 
-def _gpu_figures(call: latency.Call, device: torch.device) -> dict[str, float]:
-    """Launches, the CPU's share, and the time as a CUDA graph where the call can be captured."""
-    found: dict[str, float] = {"kernels": latency.kernel_count(call, device), "launch_seconds": latency.launch_overhead(call, device)}
+def gpu_figures(call: latency.Call, device: torch.device) -> dict[str, float]:
+    """Launches and their own time, the CPU's share, and the time as a CUDA graph where the call can be captured."""
+    kernels, _ = latency.profile(call, device)
+    found: dict[str, float] = {"kernels": sum(count for _, count, _ in kernels), "kernel_seconds": sum(took for *_, took in kernels)}
+    found["launch_seconds"] = latency.launch_overhead(call, device)
     try:
         replay = latency.graphed(call, device)
+        found["graph_seconds"] = latency.interleaved({"graph": replay}, device, budget=0.3)["graph"].seconds
     except RuntimeError:  # what synchronizes or allocates pageable memory cannot be captured
         torch.cuda.synchronize(device)
-        return found
-    found["graph_seconds"] = latency.interleaved({"graph": replay}, device, budget=0.3)["graph"].seconds
+        torch.cuda.empty_cache()
     return found
 
 
@@ -228,7 +230,7 @@ def stage_rows(
                 single[impl] = Timing(took, took, took, 1)
             elif took > WARM:
                 known[impl] = took
-    baseline = next((impl for impl in (stages.RELEASE, stages.RELEASE_COMPILED, stages.OURS) if impl in outputs), None)
+    baseline = next((impl for impl in (*stages.BASELINES, stages.OURS) if impl in outputs), None)
     errors = {}
     for impl, out in outputs.items():
         if baseline is None:
@@ -249,7 +251,7 @@ def stage_rows(
         if memory and (impl not in timings or timings[impl].seconds <= LONG):
             figures["peak_bytes"] = latency.peak_memory(call, device)
         if time and device.type == "cuda":
-            figures |= _gpu_figures(call, device) if "training" not in stage.name else {"kernels": latency.kernel_count(call, device)}
+            figures |= gpu_figures(call, device)
         made.append(
             Row(
                 kind="model",

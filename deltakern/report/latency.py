@@ -7,6 +7,7 @@ inputs from memory; ``graphed`` gives the same call as a CUDA graph. On a CPU sh
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import statistics
@@ -134,10 +135,11 @@ def graphed(call: Call, device: torch.device | str) -> Call:
     return graph.replay
 
 
-def launch_overhead(call: Call, device: torch.device | str, rounds: int = 20) -> float:
-    """Median seconds that the CPU spends issuing a call, the GPU's own time left out."""
-    samples = []
-    for _ in range(rounds):
+def launch_overhead(call: Call, device: torch.device | str, rounds: int = 20, budget: float = 2.0) -> float:
+    """Median seconds that the CPU spends issuing a call, the GPU's own time left out; three rounds may exceed the budget."""
+    samples: list[float] = []
+    start = time.perf_counter()
+    while len(samples) < rounds and (len(samples) < 3 or time.perf_counter() - start < budget):
         torch.cuda.synchronize(device)
         begin = time.perf_counter()
         call()
@@ -146,14 +148,27 @@ def launch_overhead(call: Call, device: torch.device | str, rounds: int = 20) ->
     return statistics.median(samples)
 
 
-def kernel_count(call: Call, device: torch.device | str) -> int:
-    """Kernels (and copies) that one call starts on the GPU."""
+Spent = list[tuple[str, int, float]]  # what, how often, seconds altogether; the most first
+
+
+def profile(call: Call, device: torch.device | str, *, host: bool = False) -> tuple[Spent, Spent]:
+    """What one call starts on the GPU, copies among it, and with ``host`` the operations that the CPU itself spends its time in."""
+    device = torch.device(device)
+    activities = [torch.profiler.ProfilerActivity.CPU] if host else []
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     call()
-    torch.cuda.synchronize(device)
-    with _no_profiler_chatter(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    wait()
+    with _no_profiler_chatter(), torch.profiler.profile(activities=activities) as profiler:
         call()
-        torch.cuda.synchronize(device)
-    return sum(1 for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+        wait()
+    kernels: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e6)
+    operations = [(e.key, e.count, e.self_cpu_time_total / 1e6) for e in profiler.key_averages()] if host else []
+    started = [(name, len(took), sum(took)) for name, took in kernels.items()]
+    return tuple(sorted(spent, key=lambda s: -s[2]) for spent in (started, operations))
 
 
 @contextlib.contextmanager

@@ -227,6 +227,7 @@ def _stage_latency(report: dict[str, Any]) -> list[Table]:
         base = timed.get(stages.RELEASE, {}).get("seconds")
         for impl, row in timed.items():
             extra = [f"{row['figures']['kernels']:.0f} kernels"] if "kernels" in row["figures"] else []
+            extra += [f"together {seconds(row['figures']['kernel_seconds'])}"] if "kernel_seconds" in row["figures"] else []
             extra += [f"launching {seconds(row['figures']['launch_seconds'])}"] if "launch_seconds" in row["figures"] else []
             extra += [f"as a graph {seconds(row['figures']['graph_seconds'])}"] if "graph_seconds" in row["figures"] else []
             ours = base / row["seconds"] if base and impl != stages.RELEASE else None
@@ -453,6 +454,7 @@ def print_tables(report: dict[str, Any]) -> None:
 COLOURS = {
     stages.RELEASE: "#8b95a1",
     stages.RELEASE_COMPILED: "#f97316",
+    stages.RELEASE_BLOCKS: "#fb923c",
     stages.REFERENCE: "#06b6d4",
     stages.OURS: "#3b82f6",
     stages.LIVE: "#a855f7",

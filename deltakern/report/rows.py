@@ -126,12 +126,13 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
-    """Adds rows to a file, one line each, made if need be; a line is written whole or not at all."""
+    """Adds rows to a file, one line each, made if need be; all of them are written or none, also where the process is killed."""
     text = "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text((path.read_text(encoding="utf-8") if path.exists() else "") + text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def parse(line: str, where: str = "row") -> Row:

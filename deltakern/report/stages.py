@@ -32,6 +32,9 @@ REFERENCE, OURS, OURS_COMPILED = "deltakern (reference ops)", "deltakern", "delt
 LIVE, ONE_FUTURE = "deltakern, live weights", "deltakern, one future decoded"
 IMPLEMENTATIONS = (RELEASE, RELEASE_COMPILED, REFERENCE, OURS, LIVE, OURS_COMPILED, ONE_FUTURE)
 """OURS and what derives from it run inference with frozen weights, everything else with live ones."""
+RELEASE_BLOCKS = "release (torch.compile, by block)"
+"""Of a training step, where it is asked for: the whole takes minutes to compile on a GPU."""
+BASELINES = (RELEASE, RELEASE_COMPILED, RELEASE_BLOCKS)
 CONTEXT, HORIZON = 4, 3
 
 
@@ -222,7 +225,7 @@ class Models:
         **shape: Any,
     ) -> Stage:
         calls = self._calls(release, ours, wanted=wanted, twin=twin, live=live)
-        return Stage(name, calls, {impl: counts[0] if impl in (RELEASE, RELEASE_COMPILED) else counts[1] for impl in calls}, shape)
+        return Stage(name, calls, {impl: counts[0] if impl in BASELINES else counts[1] for impl in calls}, shape)
 
     def _training(
         self,
@@ -239,14 +242,18 @@ class Models:
         """
         calls: dict[str, Call] = {}
 
-        def add(impl: str, world: Any, *, compiled: bool = False, forced: str | None = None) -> None:
+        def add(impl: str, world: Any, *, compiled: bool = False, by_block: bool = False, forced: str | None = None) -> None:
             if impl not in wanted:
                 return
             world = copy.deepcopy(world)
             learning = part(world).requires_grad_(True)
             world.backbone.requires_grad_(False)
             parameters = [p for p in learning.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2)
+            capturable = self.device.type == "cuda"  # so that a graph of the whole step can be replayed
+            optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2, capturable=capturable)
+            for module in world.modules() if by_block else ():
+                if isinstance(module, (self.module.Block, self.module.PredictorBlock)):
+                    module.compile()
             forward = torch.compile(lambda: loss(world)) if compiled else lambda: loss(world)
 
             def step() -> torch.Tensor:
@@ -262,11 +269,12 @@ class Models:
         if self.release is not None:
             add(RELEASE, self.release)
             add(RELEASE_COMPILED, self.release, compiled=True)
+            add(RELEASE_BLOCKS, self.release, by_block=True)
         if kernels_differ(self.device):
             add(REFERENCE, self.ours, forced="reference")
         add(OURS, self.ours)
         add(OURS_COMPILED, self.ours, compiled=True)
-        return Stage(name, calls, {impl: counts[0] if impl in (RELEASE, RELEASE_COMPILED) else counts[1] for impl in calls}, shape)
+        return Stage(name, calls, {impl: counts[0] if impl in BASELINES else counts[1] for impl in calls}, shape)
 
     def stages(self, wanted: tuple[str, ...] = IMPLEMENTATIONS, names: tuple[str, ...] = ()) -> Iterator[Stage]:
         """The stages in order, each built when it is asked for; ``names`` restricts them."""
