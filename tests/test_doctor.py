@@ -12,10 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltakern import backend, doctor
+from deltakern import backend, doctor, launch
 from deltakern.report import accuracy
 
 SCRIPT = Path(doctor.__file__)
+
+
+@pytest.fixture(autouse=True)
+def _plans():
+    """None of a kernel that another one takes the place of."""
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
 
 
 def _found(findings, name):

@@ -172,6 +172,7 @@ def test_op_rows(interpreted):
 
 def test_a_wrong_kernel_has_no_speed(interpreted, monkeypatch):
     right = interpreted.swiglu_forward
+    launch.forget_plans()
     monkeypatch.setattr(interpreted, "swiglu_forward", lambda *args: right(*args) + 1e-3)
     with pytest.raises(collect.RedError, match="swiglu triton is wrong"):
         collect.op_rows(_tiny("swiglu"), "cpu", torch.float32, budget=0.05, where=WHERE)
