@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from deltakern import launch
 
@@ -263,10 +264,13 @@ def _choose(name: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], 
 
 
 def _here(facts: Facts) -> Facts:
-    """With a note under torch.func's transforms, for which kernels have no rules; torch.compile traces through these by itself."""
-    if not torch._C._are_functorch_transforms_active() or facts.note or torch.compiler.is_compiling():
+    """With a note under torch.func's transforms and forward-mode gradients, for which kernels have no rules; torch.compile traces through
+    the transforms by itself."""
+    if facts.note or torch.compiler.is_compiling():
         return facts
-    return facts._replace(note="kernels have no rules for the transforms of torch.func")
+    if torch._C._are_functorch_transforms_active():
+        return facts._replace(note="kernels have no rules for the transforms of torch.func")
+    return facts._replace(note="kernels have no forward-mode gradients") if forward_ad._current_level >= 0 else facts
 
 
 def choose(function: Callable[..., Any], impl: str, facts: Facts) -> str:
@@ -312,7 +316,7 @@ def _planned(entry: Op) -> Callable[..., Any]:
     keys = [launch.key_of(n) if "Tensor" in str(parameters[n].annotation) else n for n in names]
     source = f"""
 def {entry.name}({signature}):
-    if is_compiling() or modes() or transforms() or tracing():
+    if is_compiling() or modes() or transforms() or tracing() or forward_ad._current_level >= 0:
         return function({", ".join(given)}, impl=impl)
     try:
         at = (impl, forced[-1] if forced else environ.get(IMPL), environ.get(STRICT), recording(), {", ".join(keys)})
@@ -327,7 +331,7 @@ def {entry.name}({signature}):
     values |= {"is_compiling": torch.compiler.is_compiling, "modes": torch._C._len_torch_dispatch_stack}
     values |= {"transforms": torch._C._are_functorch_transforms_active, "tracing": torch._C._get_tracing_state}
     values |= {"forced": _forced, "environ": _VARIABLES, "IMPL": _IMPL, "STRICT": _STRICT, "recording": torch.is_grad_enabled}
-    values |= {"function": entry.function, "entry": entry, "plans": entry.plans, "first": _first}
+    values |= {"forward_ad": forward_ad, "function": entry.function, "entry": entry, "plans": entry.plans, "first": _first}
     return functools.wraps(entry.function)(launch.made(source, entry.name, values))
 
 

@@ -505,3 +505,19 @@ print(sorted({"triton", "torch._dynamo"} & set(sys.modules)))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
+
+
+def test_forward_mode_gradients_are_the_references():
+    """Whose tangents kernels would drop; asked for by name, they refuse."""
+    x, weight, tangent = torch.randn(2, 3, 8), torch.rand(8), torch.randn(2, 3, 8)
+    for _ in range(3):  # so that there are plans
+        ops.layer_norm(x, weight, None)
+    with torch.autograd.forward_ad.dual_level(), use_impl("triton"):
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        with pytest.raises(backend.BackendError, match="kernels have no forward-mode gradients"):
+            ops.layer_norm(dual, weight, None)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(ops.layer_norm(dual, weight, None)).tangent
+        expected = torch.autograd.forward_ad.unpack_dual(ops.layer_norm.reference(dual, weight, None)).tangent
+        assert torch.equal(found, expected)
