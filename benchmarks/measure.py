@@ -178,6 +178,7 @@ def _times(row: rows.Row) -> str:
 
 def readme_table(found: Sequence[rows.Row]) -> str:
     """The performance section's generated part, from rows: stages by device, then the ops."""
+    found = [row for row in found if row.kind != "host"]  # of no device: benchmarks.host prints them
     if not found:
         return "No measurements are committed yet."
     report = render.build(rows.latest(found), preset="", parts=("latency",))
