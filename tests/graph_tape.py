@@ -24,6 +24,9 @@ class Stream:
     def wait_event(self, event: Any) -> None:
         assert event == "event"
 
+    def wait_stream(self, stream: Any) -> None:
+        assert isinstance(stream, Stream)
+
     def record_event(self) -> str:
         self.events += 1
         return "event"
@@ -37,6 +40,7 @@ class CUDAGraph:
     def __init__(self) -> None:
         self.tape: list[tuple[Any, tuple, dict, list[torch.Tensor]]] = []
 
+    @torch.no_grad()
     def replay(self) -> None:
         opaque: dict[int, torch.Tensor] = {}  # oneDNN's reordered weights have no storage to copy into: taken in the captured one's place
         for op, args, kwargs, kept in self.tape:
@@ -52,11 +56,20 @@ class CUDAGraph:
 class _Recorder(TorchDispatchMode):
     def __init__(self, tape: list) -> None:
         super().__init__()
-        self.tape = tape
+        self.tape, self.before = tape, {}
+
+    def _keep(self, op, args, kwargs) -> None:
+        """What this operation writes to, as it was before the capture, which on a GPU runs nothing."""
+        for i, argument in enumerate(op._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for t in tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name)):
+                    if isinstance(t, torch.Tensor) and not t.is_mkldnn:
+                        self.before.setdefault(t.data_ptr(), (t, t.detach().clone()))
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.overloadpacket.__name__ in _FORBIDDEN:
             raise RuntimeError(f"operation not permitted when stream is capturing: {op}")
+        self._keep(op, args, kwargs or {})
         made = op(*args, **(kwargs or {}))
         self.tape.append((op, args, kwargs or {}, [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]))
         return made
@@ -66,13 +79,15 @@ class _Recorder(TorchDispatchMode):
 def graph(made: CUDAGraph, *, pool: Any, stream: Stream, capture_error_mode: str):
     assert pool is not None
     assert not torch.is_inference_mode_enabled()
-    assert not torch.is_grad_enabled()
-    assert not torch.is_autocast_cache_enabled()
+    assert not torch.is_autocast_cache_enabled() or not torch.is_autocast_enabled("cpu")
     assert isinstance(stream, Stream)
     assert capture_error_mode == "thread_local"
     CUDAGraph.captures += 1
-    with _Recorder(made.tape):
+    with _Recorder(made.tape) as recorder:
         yield
+    with torch.no_grad():
+        for tensor, value in recorder.before.values():
+            tensor.copy_(value)
 
 
 def install(monkeypatch: Any) -> type[CUDAGraph]:
@@ -87,6 +102,7 @@ def install(monkeypatch: Any) -> type[CUDAGraph]:
         ("Stream", Stream),
         ("current_stream", lambda device=None: current),
         ("graph_pool_handle", object),
+        ("stream", lambda stream: contextlib.nullcontext()),
         ("device", lambda device: contextlib.nullcontext()),
     ):
         monkeypatch.setattr(torch.cuda, name, made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import pickle
+import sys
 import warnings
 
 import graph_tape
@@ -15,6 +16,8 @@ import torch
 import deltakern
 from deltakern import backend
 from deltakern.nn import graphs
+from deltakern.training.engines import CapturedStep
+from deltakern.training.optim import parameter_groups
 
 
 @pytest.fixture
@@ -217,3 +220,50 @@ def test_graphs_are_no_part_of_copies_or_of_the_state(tapes):
     captures = tapes.captures
     _close(world.tokenizer.tokenize(_frames()), expected)
     assert tapes.captures == captures
+
+
+# ------------------------------------------------------------------------------------------------------------ a whole training step
+
+
+def _trained(tapes, captured, steps=8):
+    world = small.world().train()
+    groups = parameter_groups(world, 0.1)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, capturable=True, foreach=False, fused=False)
+    criterion = torch.nn.SmoothL1Loss(beta=0.1, reduction="none")
+    times = torch.arange(4.0).expand(2, -1)
+
+    def loss(tokens, queries):
+        prediction, target = world.train_on_tokens(tokens, times, criterion, queries=queries)
+        return criterion(prediction, target).mean()
+
+    step = CapturedStep(loss, optimizer, clip=0.5, warm_up=3 if captured else 10**6)
+    generator, losses = torch.Generator().manual_seed(0), []
+    for i in range(steps):
+        step.rate.fill_(1e-2 / (i + 1))
+        batch = torch.randn(2, 4, 64, generator=generator), torch.randn(2, 3, 5, 64, generator=generator)
+        losses.append(step(*batch))
+    return world, step, torch.stack(losses), batch
+
+
+def test_a_captured_training_step_trains_as_the_plain_one(tapes, monkeypatch):
+    """Forward with its search, backward, clipping, AdamW; winners of every replay are those of the weights as they are."""
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda *_: ["cpu"])
+    world, step, losses, batch = _trained(tapes, captured=True)
+    assert tapes.captures == 1
+    plain, _, expected, _ = _trained(tapes, captured=False)
+    assert tapes.captures == 1
+    _close(losses, expected)
+    assert expected.unique().numel() == len(expected)
+    for (name, ours), theirs in zip(world.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    with pytest.raises(ValueError, match="batch must have the captured shapes"):
+        step(batch[0][:1], batch[1][:1])
+    world.predictor.head.weight.data = world.predictor.head.weight.data.clone()
+    with pytest.raises(ValueError, match="lies elsewhere or is another one"):
+        step(*batch)
+
+
+def test_a_step_that_cannot_be_captured_is_refused():
+    world = small.world().train()
+    with pytest.raises(ValueError, match="optimizer must have capturable=True"):
+        CapturedStep(lambda: None, torch.optim.AdamW(parameter_groups(world, 0.1), lr=1e-3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deltakern.models.predictor import PredictorBlock
-from deltakern.nn import Block
+from deltakern.models.validate import check_positive
+from deltakern.nn import Block, graphs
 
 
 @dataclass(frozen=True)
@@ -113,3 +114,84 @@ def shard(network: nn.Module, mesh: Any = None, *, compute_dtype: torch.dtype | 
             if hasattr(module, name):
                 register_fsdp_forward_method(module, name)
     return network
+
+
+class CapturedStep:
+    """A whole training step (forward, backward, clipping, optimizer) as one CUDA graph, for batches of one shape. Calling it takes a step.
+
+    The first ``warm_up`` calls are steps like any other, launched as they are; the next is captured, and from then on every call copies its
+    batch, replays and hands out the loss. Elsewhere than on a GPU all calls are such as the first. What the graph holds is what ran while
+    it was captured: parameters must stay where they lie, hooks do not run, and the learning rate is a tensor, to be written to by
+    ``rate.fill_(value)``. Random numbers are drawn anew at every replay.
+
+    Args:
+        loss: called with the batch's tensors, returns a scalar. It must not wait for the GPU.
+        optimizer: with ``capturable=True`` in every group, such as ``torch.optim.AdamW(groups, fused=True, capturable=True)``.
+        clip: the most norm of all gradients together; None for any.
+        warm_up: steps before the capture; at least 3 for kernels to be compiled and libraries to be set up.
+
+    Raises:
+        ValueError: an optimizer that cannot be captured, a batch of other shapes after the capture, parameters that lie elsewhere.
+    """
+
+    def __init__(
+        self, loss: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer, *, clip: float | None = None, warm_up: int = 3
+    ) -> None:
+        check_positive(warm_up=warm_up)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for group in optimizer.param_groups:
+            if not group.get("capturable"):
+                raise ValueError(f"optimizer must have capturable=True in every group to be captured, got {type(optimizer).__name__}")
+        self.device = self.parameters[0].device
+        self.rate = torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32, device=self.device).clone()
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate
+        self.loss, self.optimizer, self.clip, self.warm_up = loss, optimizer, clip, warm_up
+        self._stream = torch.cuda.Stream(self.device) if graphs.captures(self.device) else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *batch: torch.Tensor) -> torch.Tensor:
+        """One step: the loss, a scalar without gradient."""
+        if self._stream is None:
+            return self._step(batch)
+        if self.warm_up:
+            self.warm_up -= 1
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):  # where it will be captured: gradients remember their stream
+                found = self._step(batch)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            return found
+        if self._graph is None:
+            self._capture(batch)
+        if self._places() != self._lay:
+            raise ValueError("a parameter of the captured step lies elsewhere or is another one; make a new CapturedStep")
+        if [(t.shape, t.dtype) for t in batch] != [(t.shape, t.dtype) for t in self._batch]:
+            shapes = [[tuple(t.shape) for t in tensors] for tensors in (self._batch, batch)]
+            raise ValueError(f"batch must have the captured shapes and dtypes, {shapes[0]}, got {shapes[1]}")
+        for buffer, given in zip(self._batch, batch, strict=True):
+            buffer.copy_(given)
+        self._graph.replay()
+        return self._loss.clone()
+
+    def _places(self) -> list[int]:
+        return [p.data_ptr() for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _step(self, batch: Sequence[torch.Tensor]) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(*batch)
+        loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _capture(self, batch: Sequence[torch.Tensor]) -> None:
+        self.optimizer.zero_grad(set_to_none=True)  # so that gradients lie in the graph's memory
+        self._batch, self._lay, graph = [t.clone() for t in batch], self._places(), torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+            self._loss = self._step(self._batch)
+        self._graph = graph
+
+
+captured_step = CapturedStep
