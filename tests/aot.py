@@ -81,7 +81,7 @@ def _launches() -> list[dict[str, Any]]:
     import torch
     from kernel_checks import forward_backward, inputs_shrunk, random_cotangents
 
-    from deltakern import backend
+    from deltakern import backend, launch
     from deltakern.cases import cases
     from deltakern.ops import _triton
 
@@ -110,6 +110,7 @@ def _launches() -> list[dict[str, Any]]:
             current.update(arch=arch, op=case.op, case=case.name)
             args, kwargs = inputs_shrunk(case, dtype, device)
             for wanted in dict.fromkeys(((), case.differentiable)):
+                launch.forget_plans()  # which start nothing that is noted here
                 forward_backward(case.function, args, {**kwargs, "impl": "triton"}, wanted, random_cotangents())
     return list(seen.values())
 
