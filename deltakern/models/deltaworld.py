@@ -114,8 +114,8 @@ class DeltaWorld(World):
 
         def search(q: torch.Tensor) -> Residual:
             if not projected:  # once for all chunks of candidates
-                projected.extend(self.predictor.keys_values(past))
-            return self._predict(projected, timestamps, q, head=False)
+                projected.append(self.predictor.keys_values(past) if self.predictor.projects_apart else past)
+            return self._predict(projected[0], timestamps, q, head=False)
 
         best = self._training_queries(search, target, criterion, queries, generator)
         return self.predict(past, timestamps, best.unsqueeze(2)).squeeze(2), target

@@ -138,6 +138,11 @@ class Predictor(Freezable, Part):
                 nn.init.trunc_normal_(module.weight, std=initializer_range)
                 nn.init.zeros_(module.bias)
 
+    @property
+    def projects_apart(self) -> bool:
+        """Whether keys and values may be projected outside of the blocks' forward at no price: a sharded block gathers its weights anew."""
+        return plain(nn.Linear, *(block.attention.kv_proj for block in self.blocks))
+
     def keys_values(self, memory: torch.Tensor) -> list[KeysValues]:
         """:meth:`project`, as a list of each block's keys and values, (B,T,H,d) each."""
         return list(zip(*self.project(memory).unbind(), strict=True))
