@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import gc
@@ -23,6 +24,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 import deltakern
 from deltakern import DeltaTok, DeltaWorld, FrozenWeightsError, Savings
 from deltakern.nn import Block, LayerScale, Residual, explain
+from deltakern.nn import product as products
 from deltakern.nn.block import MLP, Rope, SelfAttention
 
 pytestmark = [
@@ -1357,3 +1359,46 @@ def test_a_block_is_compiled_after_it_was_called():
             KNOWN_CHANGES[change](block)
             torch.testing.assert_close(compiled(), call(block))
     torch._dynamo.reset()
+
+
+def test_a_frozen_block_of_several_dtypes(monkeypatch):
+    """A product that oneDNN takes is made of weights cast as the other products' are."""
+    monkeypatch.setattr(products, "takes", lambda *_: True)
+    for dtype in (torch.bfloat16, torch.float64):
+        block = _block().eval()
+        block.mlp.to(dtype)
+        expected = _infer(block, "all")
+        _close(_infer(deltakern.freeze(block), "all"), expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_hooks_in_a_dict_that_was_put_in_the_place_of_the_layers(state):
+    block = _block().eval()
+    if state == "frozen":
+        deltakern.freeze(block)
+    before = _infer(block, "all")
+    block.mlp.down_proj._forward_hooks = collections.OrderedDict()
+    _close(_infer(block, "all"), before)
+    block.mlp.down_proj.register_forward_hook(lambda module, args, out: out * 0)
+    assert not torch.allclose(_infer(block, "all"), before, rtol=1e-3)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_norms_without_bias_everywhere(state):
+    world = _world()
+    frames = torch.zeros(1, 2, 3, 32, 32, dtype=torch.uint8)
+    for blocks in (world.tokenizer.encoder_blocks, world.tokenizer.decoder_blocks, world.predictor.blocks):
+        for block in blocks:
+            block.norm1, block.norm2 = (
+                nn.LayerNorm(norm.normalized_shape, eps=norm.eps, bias=False) for norm in (block.norm1, block.norm2)
+            )
+    zeros = _world()
+    zeros.load_state_dict({**zeros.state_dict(), **world.state_dict()})
+    for name, parameter in zeros.named_parameters():
+        if name not in dict(world.named_parameters()):
+            parameter.data.zero_()
+    if state == "frozen":
+        deltakern.freeze(world)
+    times = torch.arange(4.0)[None]
+    for call in (lambda w: w.tokenizer.tokenize(frames), lambda w: w.rollout(frames, times, 2, 3, seed=1).features):
+        _close(call(world), call(zeros))

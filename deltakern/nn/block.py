@@ -105,7 +105,7 @@ def add_and_norm(
         return stream, norm(stream).to(out_dtype or stream.dtype)
     weight, bias, eps = known
     if isinstance(entry, Assembly):
-        return _assemble(entry, weight, bias, eps, out_dtype)
+        return _assemble(entry, weight, torch.zeros_like(weight) if bias is None else bias, eps, out_dtype)
     stream, branch, scale = entry
     if branch is None:
         return stream, backend.direct(ops.layer_norm, stream)(stream, weight, bias, eps=eps, out_dtype=out_dtype)

@@ -182,7 +182,7 @@ def product(
 
         def make() -> Pair:
             weight, bias = build(*parameters)
-            return reorder(weight), bias
+            return reorder(weight.to(dtype)), None if bias is None else bias.to(dtype)
 
         out = pointwise(x, *derived(store, owner, (name, "reordered"), parameters, make), then, into)
     else:

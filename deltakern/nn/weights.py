@@ -47,8 +47,8 @@ _WEIGHTS = ("weight", "bias", "lambda1")
 """What is read of layers."""
 _SETTINGS = ("eps", "gated", "qk_norm")
 """Attributes of modules that decide what is done with their weights."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARAMETERS = operator.itemgetter("_parameters")
+_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GROUPS = operator.itemgetter("_parameters", "_modules", "_buffers")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -147,8 +147,8 @@ class Structure:
         self.of, self.answers, self._below = weakref.ref(module), answers, below
         self._groups = [module._parameters, module._modules, module._buffers]
         self._groups += [group for m in below for group in (m._parameters, m._modules, m._buffers) if group]
-        self._own, self._parameters = [m.__dict__ for m in below], [m._parameters for m in below]
-        self._hooks = [h for m in (module, *below) for h in (getattr(m, name) for name in _HOOKS)]
+        self._own = [m.__dict__ for m in below]
+        self._dicts = list(chain.from_iterable(map(_GROUPS, self._own)))
         hiding = [(m.__dict__, name) for m in below for name in ("forward", *m._parameters)]
         self._hiding = [d for d, _ in hiding], [name for _, name in hiding]  # an attribute comes before a parameter of its name
         self._settings = [(d, name) for d in self._own for name in _SETTINGS if name in d]
@@ -165,7 +165,8 @@ class Structure:
 
     def _how(self, module: nn.Module) -> tuple[Any, ...]:
         """Hooks, what hides forwards and parameters, and every setting."""
-        hooks = [list(h) for h in self._hooks] if any(self._hooks) else None
+        hooks = list(chain.from_iterable(map(_HOOKS, (module.__dict__, *self._own))))
+        hooks = [list(h) for h in hooks] if any(hooks) else None
         hides = [d.get(name) for d, name in zip(*self._hiding, strict=True)] if any(map(operator.contains, *self._hiding)) else None
         own = module.__dict__
         return hooks, hides, [d.get(name) for d, name in self._settings], type(module), own.get("forward"), *map(own.get, _SETTINGS)
@@ -180,7 +181,7 @@ class Structure:
             and len(held) == len(self._held)
             and all(map(operator.is_, held, self._held))
             and list(map(type, chain(self._below, held))) == self._types
-            and all(map(operator.is_, map(_PARAMETERS, self._own), self._parameters))
+            and all(map(operator.is_, chain.from_iterable(map(_GROUPS, self._own)), self._dicts))
             and self._how(module) == self._ways
         )
 
