@@ -28,7 +28,7 @@ from deltakern.ops import _triton  # noqa: E402
 ARCHITECTURE, PROCESSORS = 90, 132
 
 
-class _Utils:
+class Utils:
     def load_binary(self, *_: Any) -> tuple[int, ...]:
         return 1, 2, 32, 0, 1024
 
@@ -39,19 +39,15 @@ class _Utils:
 
 
 class Launcher:
-    """Triton's launcher in C; :attr:`calls`, where it is a list, takes what it was called with."""
-
-    calls: list[tuple[Any, ...]] | None = None
+    """In the place of Triton's launcher in C."""
 
     def __init__(self, *_: Any) -> None: ...
 
-    def __call__(self, *args: Any) -> None:
-        if Launcher.calls is not None:
-            Launcher.calls.append(args)
+    def __call__(self, *args: Any) -> None: ...
 
 
-class _Driver:
-    utils, launcher_cls = _Utils(), Launcher
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
 
     def get_current_device(self) -> int:
         return 0
@@ -65,7 +61,7 @@ class _Driver:
     def allocate_default_profile_scratch(self, *_: Any) -> None: ...
 
 
-driver.set_active(_Driver())
+driver.set_active(Driver())
 backend.triton_interprets = lambda: True  # a kernel takes CPU tensors
 _triton.architecture = lambda device: ARCHITECTURE
 _triton.programs = lambda device, tile, tiles: max(1, min(tile.per_processor * PROCESSORS, tiles))

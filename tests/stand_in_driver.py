@@ -13,15 +13,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)
-
 import torch
 import triton
 from kernel_checks import forward_backward, inputs, inputs_shrunk, random_cotangents, sliced, transposed
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from benchmarks import stand_in
 from deltakern import backend, launch, ops
 from deltakern.cases import Case, cases
 from deltakern.ops import _triton
@@ -48,29 +46,16 @@ class Launcher:
             frame = frame.f_back
 
 
-class Utils:
+class Utils(stand_in.Utils):
     def load_binary(self, *_: Any) -> tuple[int, ...]:
         return 1, next(numbers), 32, 0, 1024
 
-    def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": 232_448, "multiprocessor_count": 132}
 
-    def unload_module(self, *_: Any) -> None: ...
-
-
-class Driver:
+class Driver(stand_in.Driver):
     utils, launcher_cls, stream = Utils(), Launcher, 7
-
-    def get_current_device(self) -> int:
-        return 0
 
     def get_current_stream(self, _: int) -> int:
         return self.stream
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def allocate_default_profile_scratch(self, *_: Any) -> None: ...
 
 
 class Compiled:
@@ -84,8 +69,6 @@ class Compiled:
 
 def install() -> None:
     driver.set_active(Driver())
-    backend.triton_interprets = lambda: True
-    _triton.architecture = lambda _: 90
     if os.environ.get("STAND_IN_COMPILES") == "1":
         return
     create = jit.JITFunction.create_binder

@@ -116,6 +116,23 @@ def test_live_and_opted_out_models_capture_nothing(stage, tapes):
     assert tapes.captures == 0
 
 
+def test_settings_that_change_make_another_graph(tapes):
+    """What a replay cannot ask: they are looked at before."""
+    world = deltakern.freeze(_world())
+    tokenizer, rope = world.tokenizer, world.tokenizer._rope(_frames())
+    first = tokenizer.encode(_features(), _features(seed=1), rope)
+    tokenizer.use_delta = False
+    alone = tokenizer.encode(_features(), _features(seed=1), rope)
+    assert not torch.allclose(alone, first, rtol=1e-3)
+    tokenizer.use_delta, tokenizer.residual_dtype = True, torch.float64
+    assert tokenizer.encode(_features(), _features(seed=1), rope).dtype == torch.float64
+    tokenizer.residual_dtype = None
+    _close(tokenizer.encode(_features(), _features(seed=1), rope), first)
+    world.tokenizer.encoder_blocks[0].attention.attention = "sdpa-math"
+    _close(tokenizer.encode(_features(), _features(seed=1), rope), first)
+    assert tapes.captures == 5
+
+
 def test_what_asks_for_gradients_or_is_large_runs_as_it_is(tapes, monkeypatch):
     world = deltakern.freeze(_world())
     tokenizer, rope = world.tokenizer, world.tokenizer._rope(_frames())

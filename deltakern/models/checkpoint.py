@@ -145,11 +145,6 @@ def expect(source: Source, kind: str, name: str | None = None) -> Checkpoint:
     return found
 
 
-def describe(kind: str) -> str:
-    """A :attr:`Checkpoint.kind` in words, with its article."""
-    return _KINDS[kind]
-
-
 def load_into(module: nn.Module, source: Source, *, strict: bool = True) -> Fit:
     """Copies a checkpoint's weights into ``module``, in the module's dtype and device.
 

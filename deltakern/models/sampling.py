@@ -191,8 +191,8 @@ def sample(
     for clips, samples in portions(batch, num_samples, at_once):
         some = _slice(clips)
         inputs = (past[some] if past is z else past[:, :, some], timestamps[some], draw(clips, samples))
-        steps = functools.partial(_steps, world)
-        made = graphs.graphs_of(world.predictor).run(world.predictor, "steps", steps, inputs) if captured else steps(*inputs)
+        steps, what = functools.partial(_steps, world), ("steps", world.rope_axis_sizes)
+        made = graphs.graphs_of(world.predictor).run(world.predictor, what, steps, inputs) if captured else steps(*inputs)
         tokens[some, _slice(samples)] = made
     return tokens
 

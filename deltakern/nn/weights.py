@@ -45,8 +45,6 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)
 _WEIGHTS = ("weight", "bias", "lambda1")
 """What is read of layers."""
-_SETTINGS = ("eps", "gated", "qk_norm")
-"""Attributes of modules that decide what is done with their weights."""
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GROUPS = operator.itemgetter("_parameters", "_modules", "_buffers")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
@@ -132,9 +130,12 @@ class Structure:
         answers: what the module made of it, see :meth:`Freezable.known`.
 
     Attributes:
+        settings: names of attributes, of the module and of those below, that decide what is done with its weights.
         lasts: whether answers can last: not where a weight is no parameter, but an attribute, a buffer or another call's tensor, which may
             be another one each time (FSDP's flat parameters, functional calls) and should not outlive the call.
     """
+
+    settings: tuple[str, ...] = ("eps", "gated", "qk_norm")
 
     def __init__(self, module: nn.Module, whole: bool = True, answers: Any = None) -> None:
         below, left = [], [module]
@@ -151,7 +152,7 @@ class Structure:
         self._dicts = list(chain.from_iterable(map(_GROUPS, self._own)))
         hiding = [(m.__dict__, name) for m in below for name in ("forward", *m._parameters)]
         self._hiding = [d for d, _ in hiding], [name for _, name in hiding]  # an attribute comes before a parameter of its name
-        self._settings = [(d, name) for d in self._own for name in _SETTINGS if name in d]
+        self._settings = [(d, name) for d in self._own for name in self.settings if name in d]
         self._held, self._ways = self._objects(), self._how(module)
         self._types = list(map(type, (*below, *self._held)))
         ordinary = all(x is None or type(x) is nn.Parameter or isinstance(x, nn.Module) for x in self._held)
@@ -169,7 +170,7 @@ class Structure:
         hooks = [list(h) for h in hooks] if any(hooks) else None
         hides = [d.get(name) for d, name in zip(*self._hiding, strict=True)] if any(map(operator.contains, *self._hiding)) else None
         own = module.__dict__
-        return hooks, hides, [d.get(name) for d, name in self._settings], type(module), own.get("forward"), *map(own.get, _SETTINGS)
+        return hooks, hides, [d.get(name) for d, name in self._settings], type(module), own.get("forward"), *map(own.get, self.settings)
 
     def same(self) -> bool:
         """Whether all that is as it was."""
@@ -369,6 +370,8 @@ class Frozen(Derived):
 
 class Snapshot(Structure):
     """A module as it is now: its structure, where its parameters and buffers lie, and samples of what they hold."""
+
+    settings = (*Structure.settings, "attention", "use_delta", "residual_dtype", "savings", "processor", "config")
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
